@@ -1,0 +1,59 @@
+"""Evaluation: (replica, ratios, prompts, reward) -> one reward for each prompt."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from crdiff_core.errors import RewardError
+from crdiff_core.prompts import Prompt
+from crdiff_core.ratios import BlockRatios, Group
+from crdiff_core.replica import Replica
+from crdiff_core.rewards import Reward
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one prompt batch gave.
+
+    rewards:  one for each prompt, finite.
+    sparsity: measured, by block group.
+    seconds:  wall time of prune, render and score.
+    """
+
+    rewards: tuple[float, ...]
+    sparsity: dict[Group, float]
+    seconds: dict[str, float]
+
+
+def evaluate(
+    replica: Replica, ratios: BlockRatios, prompts: Sequence[Prompt], reward: Reward
+) -> Measurement:
+    """Prune, draw the prompts as one batch and score each picture.
+
+    Raises RenderError for broken pictures, RewardError for a score that is not finite.
+    Source: CR-Diff (arXiv:2604.05524), section 3.3: the objective of the search.
+    """
+    marks = [_now(replica.device)]
+    replica.set_ratios(ratios)
+    marks.append(_now(replica.device))
+    images = replica.render(prompts)
+    marks.append(_now(replica.device))
+    rewards = tuple(reward(images, [prompt.text for prompt in prompts]))
+    marks.append(_now(replica.device))
+    for prompt, value in zip(prompts, rewards, strict=True):
+        if not math.isfinite(value):
+            raise RewardError(f"reward {reward.name} of {prompt.text!r} is {value}: not a score")
+    stages = ("prune", "render", "score")
+    seconds = {stage: marks[i + 1] - marks[i] for i, stage in enumerate(stages)}
+    return Measurement(rewards, replica.sparsity(), seconds)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

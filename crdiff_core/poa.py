@@ -1,0 +1,166 @@
+"""Pruned output amplification (POA), and apply / remove for any loaded pipeline."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor, nn
+
+from crdiff_core.errors import ModelError, PruningError, RatiosError
+from crdiff_core.pruning import PrunedReplica, num_prunable
+from crdiff_core.ratios import DEFAULT_POA_WEIGHT, BlockRatios, RatiosFile
+
+
+class POADenoiser(nn.Module):
+    """A dense UNet and its pruned replica, called as the one UNet that a pipeline expects.
+
+    z = k * z_pruned + (1 - k) * z_dense, with k = poa_weight; k = 1 skips the dense pass and
+    k = 0, or ratios of 0, the pruned one. Everything but the call is the dense UNet's.
+    Source: CR-Diff (arXiv:2604.05524), section 3.4, equation 2.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        ratios: BlockRatios,
+        poa_weight: float = DEFAULT_POA_WEIGHT,
+    ) -> None:
+        super().__init__()
+        if hasattr(unet, "_hf_hook"):
+            raise PruningError(
+                "the UNet is offloaded by accelerate, which swaps its weights: apply CR-Diff to a "
+                "pipeline without enable_model_cpu_offload or enable_sequential_cpu_offload"
+            )
+        replica = PrunedReplica(unet)
+        self.dense, self.pruned = replica.dense, replica.pruned
+        self.replica = replica
+        self.expected_latents: tuple[int, int] | None = None
+        self.configure(ratios, poa_weight)
+
+    def configure(self, ratios: BlockRatios, poa_weight: float) -> None:
+        """Change the ratios and k; only groups whose ratio changed are rewritten."""
+        self.replica.set_ratios(ratios)
+        self.ratios = ratios
+        self.poa_weight = float(poa_weight)
+
+    def forward(
+        self, sample: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """Denoise as UNet2DConditionModel.forward does. sample: (N, C, h, w)."""
+        self._check_latents(sample)
+
+        def denoise(unet: nn.Module) -> Tensor:
+            output: Tensor = unet(sample, *args, return_dict=False, **kwargs)[0]
+            return output
+
+        if self.poa_weight == 0 or self.ratios.is_dense:
+            combined = denoise(self.dense)
+        elif self.poa_weight == 1:
+            combined = denoise(self.pruned)
+        else:
+            combined = torch.lerp(denoise(self.dense), denoise(self.pruned), self.poa_weight)
+        return UNet2DConditionOutput(sample=combined) if return_dict else (combined,)
+
+    def _check_latents(self, sample: Tensor) -> None:
+        found = (sample.shape[-2], sample.shape[-1])
+        if self.expected_latents is not None and found != self.expected_latents:
+            warnings.warn(
+                f"CR-Diff ratios searched for latents of {self.expected_latents[0]}x"
+                f"{self.expected_latents[1]} are drawing latents of {found[0]}x{found[1]} (height "
+                "x width): the best ratios differ by resolution; search this one, or pass "
+                "height= and width= of the ratios file",
+                stacklevel=3,
+            )
+            self.expected_latents = None  # Once is enough.
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer as the dense UNet for everything that is not ours (config, dtype, ...)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("dense"), name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> POADenoiser:
+        """Move the dense UNet, then rebuild the replica's buffers from it: .to(), .half()."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.replica.pack()
+        return self
+
+
+def apply(
+    pipe: Any,
+    ratios: BlockRatios | str | os.PathLike[str],
+    poa_weight: float | None = None,
+) -> Any:
+    """Turn a loaded pipeline into its CR-Diff version, in place; applying again changes it.
+
+    pipe:       any diffusers pipeline with a UNet2DConditionModel (StableDiffusion, SDXL, ...).
+    ratios:     BlockRatios, or the path of an exported best_ratios.json.
+    poa_weight: k of equation 2; by default the file's, else 1.5.
+    Returns the pipeline. Raises ModelError if it has no such UNet, RatiosError if the file is
+    broken or was made for another model, PruningError if the UNet cannot be pruned. Drawing at
+    another resolution than the file's gives one UserWarning.
+    Source: CR-Diff (arXiv:2604.05524), sections 3.3 and 3.4.
+    """
+    unet = getattr(pipe, "unet", None)
+    if not isinstance(unet, UNet2DConditionModel | POADenoiser):
+        raise ModelError(
+            f"{type(pipe).__name__} has no UNet2DConditionModel: CR-Diff prunes the UNets of "
+            "Stable Diffusion 1.5, 2.1 and XL pipelines"
+        )
+    expected_latents = None
+    if not isinstance(ratios, BlockRatios):
+        file = RatiosFile.read(ratios)
+        _check_made_for(file, unet)
+        scale = pipe.vae_scale_factor
+        expected_latents = (file.resolution.height // scale, file.resolution.width // scale)
+        ratios = file.ratios
+        poa_weight = file.poa_weight if poa_weight is None else poa_weight
+    if poa_weight is None:
+        poa_weight = DEFAULT_POA_WEIGHT
+    if isinstance(unet, POADenoiser):
+        unet.configure(ratios, poa_weight)
+    else:
+        pipe.unet = unet = POADenoiser(unet, ratios, poa_weight)
+    unet.expected_latents = expected_latents
+    return pipe
+
+
+def remove(pipe: Any) -> Any:
+    """Undo `apply`, in place and bit for bit; a pipeline without CR-Diff stays as it is."""
+    if isinstance(pipe.unet, POADenoiser):
+        denoiser = pipe.unet
+        pipe.unet = denoiser.dense
+        denoiser.replica.release()
+    return pipe
+
+
+# What tells the paper's models apart, for files that carry no count of prunable weights.
+_CROSS_ATTENTION_DIM = {"sd15": 768, "sd21": 1024, "sdxl": 2048}
+
+
+def _check_made_for(file: RatiosFile, unet: Any) -> None:
+    remedy = "search this model, or pass BlockRatios to use these ratios all the same"
+    searched = file.provenance.get("num_prunable")
+    if searched is not None:
+        found = num_prunable(unet.dense if isinstance(unet, POADenoiser) else unet)
+        if searched != found:
+            raise RatiosError(
+                f"these ratios are of {file.model}, whose groups have {searched} prunable "
+                f"weights, and this UNet's have {found}: {remedy}"
+            )
+        return
+    family = re.sub(r"[^a-z0-9]", "", file.model.lower())
+    expected = _CROSS_ATTENTION_DIM.get(family)
+    if expected is not None and unet.config.cross_attention_dim != expected:
+        raise RatiosError(
+            f"these ratios are of {file.model}, which attends to text of {expected} channels, "
+            f"and this UNet to {unet.config.cross_attention_dim}: {remedy}"
+        )

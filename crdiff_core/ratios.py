@@ -1,0 +1,185 @@
+"""BlockRatios, the resolution they hold for, and the JSON file in which both travel."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from crdiff_core.errors import RatiosError
+
+Group = Literal["down", "mid", "up"]
+GROUPS: tuple[Group, ...] = ("down", "mid", "up")
+
+DEFAULT_POA_WEIGHT = 1.5
+"""k of equation 2; the paper's choice (section 4.5, table 5)."""
+
+
+@dataclass(frozen=True)
+class BlockRatios:
+    """The fraction of weights to prune in each block group of a UNet.
+
+    down, mid, up: in [0, 1); 0 leaves the group as it is.
+    Raises RatiosError for anything else.
+    Source: CR-Diff (arXiv:2604.05524), section 3.3.
+    """
+
+    down: float = 0.0
+    mid: float = 0.0
+    up: float = 0.0
+
+    def __post_init__(self) -> None:
+        for group in GROUPS:
+            ratio = getattr(self, group)
+            if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+                raise RatiosError(
+                    f"{group} ratio {ratio!r} is not a number: give a fraction in [0, 1)"
+                )
+            if not (math.isfinite(ratio) and 0 <= ratio < 1):
+                raise RatiosError(
+                    f"{group} ratio {ratio} is outside [0, 1): give the fraction of weights to "
+                    "prune, such as 0.3"
+                )
+            object.__setattr__(self, group, float(ratio))
+
+    def __getitem__(self, group: Group) -> float:
+        value: float = getattr(self, group)
+        return value
+
+    def as_dict(self) -> dict[Group, float]:
+        """Return the ratios by group, in the order down, mid, up."""
+        return {group: self[group] for group in GROUPS}
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is pruned."""
+        return all(self[group] == 0 for group in GROUPS)
+
+    def __str__(self) -> str:
+        return " / ".join(f"{self[group]:.3f}" for group in GROUPS)
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """A picture's size in pixels; height comes first everywhere, as in the paper."""
+
+    height: int
+    width: int
+
+    @classmethod
+    def parse(cls, text: str) -> Resolution:
+        """Read `HEIGHTxWIDTH`, such as `480x360` (480 high). Raises RatiosError."""
+        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", str(text).strip())
+        if match is None:
+            raise RatiosError(f"resolution {text!r} is not HEIGHTxWIDTH: write it as 480x360")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class RatiosFile:
+    """What an exported file of best ratios says.
+
+    model:          the model's name, such as `sdxl`.
+    resolution:     the one that the ratios were searched at.
+    score:          mean reward that the search found for them.
+    ratios:         the best ratios.
+    poa_weight:     k of equation 2 that they were searched with; None in the reference's files.
+    provenance:     how they were found; empty in the reference's files.
+    """
+
+    model: str
+    resolution: Resolution
+    score: float
+    ratios: BlockRatios
+    poa_weight: float | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> RatiosFile:
+        """Read a file of ours or of the reference implementation. Raises RatiosError."""
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise RatiosError(
+                f"{path}: {reason}: give the path of an exported best_ratios.json"
+            ) from error
+        except ValueError as error:
+            raise RatiosError(f"{path}: not JSON ({error}): export it again") from error
+        try:
+            return cls._parse(raw)
+        except RatiosError as error:
+            raise RatiosError(f"{path}: {error}") from error
+
+    @classmethod
+    def _parse(cls, raw: object) -> RatiosFile:
+        config = _mapping(raw, "model_config")
+        params = _mapping(raw, "best_global_params_ratio")
+        expected = {f"{group}_ratio" for group in GROUPS}
+        if set(params) != expected:
+            raise RatiosError(
+                f"best_global_params_ratio has the keys {sorted(params)}: it needs exactly "
+                f"{sorted(expected)}"
+            )
+        assert isinstance(raw, dict)
+        height, width = config.get("height"), config.get("width")
+        poa_weight = raw.get("poa_weight")
+        score = raw.get("best_avg_score")
+        if poa_weight is not None and not _is_number(poa_weight):
+            raise RatiosError(f"poa_weight {poa_weight!r} is not a number: the paper's is 1.5")
+        if not isinstance(score, int | float) or not _is_number(score):
+            raise RatiosError(f"best_avg_score {score!r} is not a number: export the file again")
+        if raw.get("pruning_method", "ratio") != "ratio":
+            raise RatiosError(
+                f"pruning_method {raw['pruning_method']!r} is unknown: only 'ratio' is supported"
+            )
+        return cls(
+            model=str(config.get("name", "")),
+            resolution=Resolution.parse(f"{height}x{width}"),
+            score=score,
+            ratios=BlockRatios(**{group: params[f"{group}_ratio"] for group in GROUPS}),
+            poa_weight=None if poa_weight is None else float(poa_weight),
+            provenance=_mapping(raw, "provenance") if "provenance" in raw else {},
+        )
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the file, atomically; the reference's scripts read it too (their keys first)."""
+        raw = {
+            "model_config": {
+                "name": self.model,
+                "width": self.resolution.width,
+                "height": self.resolution.height,
+            },
+            "best_avg_score": self.score,
+            "best_global_params_ratio": {
+                "down_ratio": self.ratios.down,
+                "up_ratio": self.ratios.up,
+                "mid_ratio": self.ratios.mid,
+            },
+            "pruning_method": "ratio",
+            "poa_weight": DEFAULT_POA_WEIGHT if self.poa_weight is None else self.poa_weight,
+            "provenance": dict(self.provenance),
+        }
+        target = Path(path)
+        draft = target.with_name(f".{target.name}.{os.getpid()}")
+        draft.write_text(json.dumps(raw, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        draft.replace(target)
+
+
+def _mapping(raw: object, key: str) -> Mapping[str, Any]:
+    value = raw.get(key) if isinstance(raw, dict) else None
+    if not isinstance(value, dict):
+        raise RatiosError(f"{key} is missing or not an object: export the file again")
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,1 @@
+"""Distributed search for CR-Diff's pruning ratios, on Ray Tune."""

@@ -1,0 +1,201 @@
+"""The typed, strict schema of conf/: frozen settings, all that anything below run.py sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import model_validator as check
+
+from crdiff_core.errors import CRDiffError
+from crdiff_core.models import Model
+from crdiff_core.ratios import GROUPS, Group, Resolution
+
+
+class ConfigError(CRDiffError, ValueError):
+    """A setting is unknown, out of range, or does not fit the others."""
+
+
+class Settings(BaseModel):
+    """Base of every settings class: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Size = Annotated[
+    Resolution, BeforeValidator(lambda v: v if isinstance(v, Resolution) else Resolution.parse(v))
+]
+Interval = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+Share = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Bounds(Settings):
+    """(low, high) of each block group's ratio."""
+
+    down: Interval
+    mid: Interval
+    up: Interval
+
+    @check(mode="after")
+    def _ordered(self) -> Bounds:
+        for group in GROUPS:
+            low, high = self.space[group]
+            if low >= high:
+                raise ValueError(f"{group} is [{low}, {high}]: give low < high")
+        return self
+
+    @property
+    def space(self) -> dict[Group, tuple[float, float]]:
+        """The bounds by group."""
+        return {"down": self.down, "mid": self.mid, "up": self.up}
+
+
+class ModelSettings(Settings):
+    """conf/model: what is drawn with, and its own defaults."""
+
+    name: str
+    path: str = ""
+    dtype: Literal["float32", "float16", "bfloat16"]
+    native_res: Size
+    default_res: Size
+    num_steps: Count
+    guidance_scale: Annotated[float, Field(ge=0)]
+    max_evaluations: Count
+    bounds: Bounds
+
+    def model(self) -> Model:
+        """The model itself."""
+        return Model(self.name, self.path, self.dtype)
+
+
+class SearcherSettings(Settings):
+    """What every searcher has."""
+
+    max_evaluations: Count
+    bounds: Bounds
+
+
+class RandomSettings(SearcherSettings):
+    """conf/searcher/random.yaml."""
+
+    name: Literal["random"]
+
+
+class AnnealingSettings(SearcherSettings):
+    """conf/searcher/annealing.yaml; what each means stands in search.annealing.Annealing."""
+
+    name: Literal["annealing"]
+    seeds: Annotated[tuple[tuple[float, float, float], ...], Field(min_length=1)]
+    initial_temperature: Annotated[float, Field(gt=0)]
+    cooling: Share
+    min_temperature: Annotated[float, Field(ge=0)]
+    step_size: Annotated[float, Field(gt=0)]
+    min_step_size: Annotated[float, Field(ge=0)]
+    patience: Count | None
+    reheat_above: float
+    reheat_factor: Annotated[float, Field(ge=1)]
+    max_reheats: Annotated[int, Field(ge=0)]
+    restart_step_factor: Annotated[float, Field(gt=0)]
+    max_restarts: Annotated[int, Field(ge=0)]
+
+    @check(mode="after")
+    def _seeds_fit(self) -> AnnealingSettings:
+        if len(self.seeds) > self.max_evaluations:
+            raise ValueError(
+                f"{len(self.seeds)} seeds do not fit into max_evaluations {self.max_evaluations}"
+            )
+        return self
+
+
+class RewardSettings(Settings):
+    """conf/reward: what a picture is worth."""
+
+    name: Literal["shapes"]
+
+
+class PromptSettings(Settings):
+    """conf/prompts: where prompts come from, and how many each of the disjoint sets has."""
+
+    name: str
+    path: str
+    seed: Annotated[int, Field(ge=0)]
+    search: Count
+    rerank: Count
+    validation: Annotated[int, Field(ge=2)]
+
+
+class ClusterSettings(Settings):
+    """conf/cluster: where trials run, and what one takes."""
+
+    name: str
+    address: str
+    device: Literal["auto", "cpu", "cuda"]
+    cpus_per_trial: Count
+    gpus_per_trial: Annotated[float, Field(gt=0)]
+
+
+class TrackingSettings(Settings):
+    """conf/tracking: where MLflow keeps its runs; `uri: ""` is a database under output."""
+
+    name: Literal["mlflow", "none"]
+    uri: str
+    experiment: str
+
+
+class RenderSettings(Settings):
+    """How a picture is drawn; batch_size `auto` is chosen once and recorded with the run."""
+
+    num_steps: Count
+    guidance_scale: Annotated[float, Field(ge=0)]
+    batch_size: Literal["auto"] | Count
+
+
+class RerankSettings(Settings):
+    """How many of the best are compared again on fresh prompts."""
+
+    top: Count
+
+
+class TrialSettings(Settings):
+    """What happens when a trial fails."""
+
+    max_failures: Annotated[int, Field(ge=0)]
+    retry_failed: bool
+
+
+class Config(Settings):
+    """conf/config.yaml: one search."""
+
+    model: ModelSettings
+    searcher: Annotated[AnnealingSettings | RandomSettings, Field(discriminator="name")]
+    reward: RewardSettings
+    prompts: PromptSettings
+    cluster: ClusterSettings
+    tracking: TrackingSettings
+    render: RenderSettings
+    rerank: RerankSettings
+    trial: TrialSettings
+    res: Size
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    poa_weight: float
+    output: Annotated[str, Field(min_length=1)]
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Config:
+        """Check composed settings. Raises ConfigError, in one line that names the first fault."""
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            # The searcher's name comes twice: as the discriminator, and as a part of no path.
+            path = [str(part) for part in first["loc"] if part not in {"annealing", "random"}]
+            reason = first["msg"].removeprefix("Value error, ")
+            if first["type"] == "extra_forbidden":
+                reason = "there is no such setting"
+            else:
+                reason = f"{reason[0].lower()}{reason[1:]}, got {first['input']!r}"
+            raise ConfigError(
+                f"{'.'.join(path)}: {reason} (python -m search.run --help lists the settings)"
+            ) from error

@@ -1,0 +1,281 @@
+"""The driver: runs a plan on Ray Tune and alone writes ledger, MLflow and results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from crdiff_core.errors import CRDiffError
+from crdiff_core.ratios import GROUPS
+from search.config import Config, ConfigError
+from search.evaluations import Comparison, Evaluation
+from search.export import HISTORY_FILE, RATIOS_FILE, validated, write_history, write_results
+from search.plan import RUN_FILE, Plan
+from search.progress import Progress
+from search.searchers import AnnealingSearch
+from search.tracking import Experiment, Tracker
+from search.trial import RatioTrial, TrialSetup
+
+log = logging.getLogger(__name__)
+
+
+class SearchFailedError(CRDiffError):
+    """A search ended without a result."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished search found.
+
+    ratios_file:  the exported best ratios.
+    winner:       its evaluation on the search prompts; dense: the dense model's.
+    comparison:   of the two on the validation prompts; None if that evaluation failed.
+    num_rendered: pictures drawn in this run; 0 when the ledger knew them all.
+    tracker:      None if tracking is off.
+    """
+
+    ratios_file: Path
+    winner: Evaluation
+    dense: Evaluation
+    comparison: Comparison | None
+    num_rendered: int
+    tracker: Tracker | None
+
+
+def run(config: Config, command: str, progress: Progress) -> Outcome:
+    """Search, going on from whatever the ledger holds, and write the results.
+
+    command: the command line that starts this search, for the record.
+    Raises a CRDiffError, in one line, if it cannot run or ends without a result, and
+    KeyboardInterrupt after Ctrl-C; what was measured by then is in the ledger.
+    """
+    plan = Plan.make(config)
+    search = plan.search
+    _begin_folder(plan, command)
+    tracker = _tracker(plan)
+    status = "KILLED"
+    try:
+        _follow(plan, tracker, progress)
+        if not search.replay():
+            progress.begin(search)
+            _fit(plan)
+        if search.failure is not None:
+            status = "FAILED"
+            raise SearchFailedError(
+                f"{search.failure}: mend that and run again with trial.retry_failed=true"
+            )
+        if not search.finished:
+            raise KeyboardInterrupt
+        ratios_file = write_results(plan)
+        status = "FINISHED"
+    finally:
+        progress.close()
+        write_history(plan)
+        if tracker is not None:
+            _finish_tracking(plan, tracker, status)
+    winner, dense = search.winner, search.of("dense")
+    assert winner is not None
+    assert dense is not None
+    num_rendered = sum(evaluation.num_rendered for evaluation in search.evaluations)
+    return Outcome(ratios_file, winner, dense, validated(plan), num_rendered, tracker)
+
+
+def _begin_folder(plan: Plan, command: str) -> None:
+    """Record the settings; keep the results of an earlier search with other settings."""
+    folder = plan.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        record = folder / RUN_FILE
+        if record.exists():
+            earlier = json.loads(record.read_text(encoding="utf-8"))
+            if earlier.get("key") != plan.key:
+                kept = folder / "earlier" / f"{datetime.now():%Y%m%d-%H%M%S}"
+                kept.mkdir(parents=True)
+                for name in (RUN_FILE, RATIOS_FILE, HISTORY_FILE):
+                    if (folder / name).exists():
+                        (folder / name).rename(kept / name)
+                log.warning("the settings have changed; the earlier results are in %s", kept)
+        raw = {
+            "key": plan.key,
+            "command": command,
+            "batch_size": plan.batch_size,
+            "config": plan.config.model_dump(mode="json"),
+        }
+        draft = folder / f".{RUN_FILE}"
+        draft.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+        draft.replace(record)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: {error}: set output to a folder you may write") from error
+
+
+# --- Ray Tune --------------------------------------------------------------------------------
+
+
+def _fit(plan: Plan) -> None:
+    """Hand the evaluations' prompt batches to Ray Tune until there are no more, or Ctrl-C."""
+    from ray import tune
+
+    with _cluster(plan.config) as resources, tempfile.TemporaryDirectory() as scratch:
+        settings = plan.config.cluster
+        on_gpu = "gpu" in resources
+        setup = TrialSetup(
+            model=plan.model,
+            revision=plan.recipe.revision,
+            resolution=plan.config.res,
+            num_steps=plan.recipe.num_steps,
+            guidance_scale=plan.recipe.guidance_scale,
+            poa_weight=plan.recipe.poa_weight,
+            reward=plan.recipe.reward,
+            prompt_sets=plan.prompt_sets,
+            batch_size=plan.batch_size,
+            device="cuda" if on_gpu else "cpu",
+            num_threads=settings.cpus_per_trial,
+        )
+        trainable = tune.with_parameters(RatioTrial, setup=setup)
+        tune.Tuner(
+            tune.with_resources(trainable, resources),
+            tune_config=tune.TuneConfig(
+                search_alg=plan.search,
+                num_samples=-1,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                # Ray's own records are never read again: the ledger is the only state.
+                storage_path=scratch,
+                failure_config=tune.FailureConfig(max_failures=plan.config.trial.max_failures),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                verbose=0,
+            ),
+        ).fit()
+
+
+@contextmanager
+def _cluster(config: Config) -> Iterator[dict[str, float]]:
+    """Join or start the Ray cluster; yield what one trial takes of it."""
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    settings = config.cluster
+    try:
+        ray.init(
+            address=settings.address,
+            include_dashboard=False if settings.address == "local" else None,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"no Ray cluster at cluster.address={settings.address}: {reason}: start one, or use "
+            "cluster=local"
+        ) from error
+    try:
+        gpus = ray.cluster_resources().get("GPU", 0)
+        if settings.device == "cuda" and not gpus:
+            raise ConfigError("the cluster has no GPU: set cluster.device=auto or cpu")
+        resources = {"cpu": float(settings.cpus_per_trial)}
+        if gpus and settings.device != "cpu":
+            resources["gpu"] = settings.gpus_per_trial
+        yield resources
+    finally:
+        ray.shutdown()
+
+
+# --- what the driver tells others --------------------------------------------------------------
+
+
+def _tracker(plan: Plan) -> Tracker | None:
+    settings = plan.config.tracking
+    if settings.name == "none":
+        return None
+    output = plan.folder.parents[1]
+    experiment = Experiment(settings.uri, settings.experiment)
+    if not settings.uri:
+        experiment = Experiment(
+            f"sqlite:///{output / 'mlflow.db'}",
+            settings.experiment,
+            (output / "mlartifacts").as_uri(),
+        )
+    name = f"{plan.folder.parent.name} {plan.folder.name}"
+    return Tracker(experiment, plan.key, name)
+
+
+def _follow(plan: Plan, tracker: Tracker | None, progress: Progress) -> None:
+    search = plan.search
+
+    def tell(evaluation: Evaluation) -> None:
+        progress.evaluation(search)
+        if tracker is not None:
+            tracker.evaluation(evaluation, _charts(plan, evaluation))
+
+    search.on_evaluation = tell
+    if tracker is not None:
+        tracker.start(
+            params=_flat(plan.config.model_dump(mode="json")),
+            tags={
+                "model": plan.model.name,
+                "resolution": str(plan.config.res),
+                "searcher": plan.config.searcher.name,
+                "revision": plan.recipe.revision,
+            },
+        )
+    for evaluation in search.evaluations:
+        tell(evaluation)
+
+
+def _charts(plan: Plan, evaluation: Evaluation) -> dict[str, float]:
+    """Return the parent run's points for one evaluation."""
+    if evaluation.kind == "dense":
+        return {"dense_reward": evaluation.mean}
+    if evaluation.kind != "search":
+        return {}
+    scored = [
+        e.mean
+        for e in plan.search.evaluations
+        if e.kind == "search" and e.failure is None and e.index <= evaluation.index
+    ]
+    points = {"reward": evaluation.mean, "best_reward": max(scored, default=math.nan)}
+    if isinstance(plan.searcher, AnnealingSearch):
+        points["temperature"] = plan.searcher.state.temperature
+    return points
+
+
+def _finish_tracking(plan: Plan, tracker: Tracker, status: str) -> None:
+    comparison = validated(plan)
+    metrics: dict[str, float] = {}
+    tags = {}
+    if comparison is not None:
+        metrics = {
+            "validation_difference": comparison.difference,
+            "validation_low": comparison.low,
+            "validation_high": comparison.high,
+        }
+        tags = {"verdict": comparison.verdict}
+    winner = plan.search.winner
+    if winner is not None:
+        metrics |= {f"best_ratio_{group}": winner.ratios[group] for group in GROUPS}
+    names = (RUN_FILE, HISTORY_FILE, RATIOS_FILE)
+    files = [plan.folder / name for name in names if (plan.folder / name).exists()]
+    tracker.finish(status, metrics, tags, *files)
+
+
+def _flat(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,135 @@
+"""Write a finished search's results from the ledger: `python -m search.export RUN_FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from crdiff_core.errors import CRDiffError
+from crdiff_core.ratios import GROUPS, RatiosFile
+from search.config import Config, ConfigError
+from search.evaluations import Comparison, Evaluation, compare
+from search.plan import RUN_FILE, Plan
+
+RATIOS_FILE = "best_ratios.json"
+HISTORY_FILE = "history.parquet"
+_PACKAGES = ("crdiff-search", "torch", "diffusers", "transformers", "ray", "optuna")
+
+
+def validated(plan: Plan) -> Comparison | None:
+    """Compare the winner with the dense model on the validation prompts; None if that failed."""
+    winner, dense = plan.search.of("validation"), plan.search.of("dense validation")
+    if winner is None or dense is None or winner.failure or dense.failure:
+        return None
+    return compare(winner.rewards, dense.rewards)
+
+
+def write_results(plan: Plan) -> Path:
+    """Write best_ratios.json and history.parquet of a finished search; return the former."""
+    winner = plan.search.winner
+    if winner is None:
+        raise ConfigError(
+            f"{plan.folder}: this search is not finished: run it again, it goes on where it was"
+        )
+    path = plan.folder / RATIOS_FILE
+    RatiosFile(
+        model=plan.model.name,
+        resolution=plan.config.res,
+        score=winner.mean,
+        ratios=winner.ratios,
+        poa_weight=plan.config.poa_weight,
+        provenance=_provenance(plan, winner),
+    ).write(path)
+    write_history(plan)
+    return path
+
+
+def _provenance(plan: Plan, winner: Evaluation) -> dict[str, Any]:
+
+    comparison = validated(plan)
+    searched = [e for e in plan.search.evaluations if e.kind == "search"]
+    reranked = next(
+        (e for e in plan.search.evaluations if e.kind == "rerank" and e.key == winner.key), None
+    )
+    dense = plan.search.of("dense")
+    return {
+        "ledger_key": winner.key,
+        "recipe": asdict(plan.recipe),
+        "num_prunable": plan.model.num_prunable(),
+        "sparsity": dict(winner.sparsity),
+        "searcher": plan.config.searcher.model_dump(mode="json"),
+        "seed": plan.config.seed,
+        "prompts": {
+            name: {"digest": prompts.digest, "num_prompts": len(prompts)}
+            for name, prompts in plan.prompt_sets.items()
+        },
+        "num_evaluations": len(searched),
+        "num_failed": sum(e.failure is not None for e in searched),
+        "dense_score": dense.mean if dense else None,
+        "rerank_score": reranked.mean if reranked and not reranked.failure else None,
+        "validation": {**asdict(comparison), "verdict": comparison.verdict}
+        if comparison
+        else None,
+        "batch_size": plan.batch_size,
+        "versions": {package: version(package) for package in _PACKAGES},
+    }
+
+
+def write_history(plan: Plan) -> None:
+    """Write one row for each evaluation of the search so far, in the order of completion."""
+    rows = [
+        {
+            "step": e.index,
+            "kind": e.kind,
+            **{group: e.ratios[group] for group in GROUPS},
+            "reward": None if math.isnan(e.mean) else e.mean,
+            "standard_error": None if math.isnan(e.standard_error) else e.standard_error,
+            "num_prompts": len(e.prompts),
+            "seconds": e.seconds,
+            "failure": e.failure,
+            "ledger_key": e.key,
+        }
+        for e in plan.search.evaluations
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), plan.folder / HISTORY_FILE)
+
+
+def load_plan(folder: Path) -> Plan:
+    """Make the plan of an earlier run again, from the settings in its folder."""
+    file = folder / RUN_FILE
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{folder} is not the folder of a run (no readable {RUN_FILE}): give one, such as "
+            "runs/shapes_24x40/annealing-seed0"
+        ) from error
+    # The folder may have been moved: its own place counts, not the one it was made at.
+    return Plan.make(Config.parse({**raw, "output": str(folder.absolute().parents[1])}))
+
+
+def main() -> int:
+    """Export the best ratios of a finished run again, from the ledger."""
+    parser = argparse.ArgumentParser(prog="python -m search.export", description=main.__doc__)
+    parser.add_argument("run", type=Path, help="folder, such as runs/shapes_24x40/annealing-seed0")
+    try:
+        plan = load_plan(parser.parse_args().run)
+        plan.search.replay()
+        print(write_results(plan))
+    except CRDiffError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""The ledger: every reward ever measured, in Parquet; the only state of a search that counts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from crdiff_core.errors import CRDiffError
+from crdiff_core.prompts import Prompt
+from crdiff_core.ratios import GROUPS, BlockRatios, Group
+
+if TYPE_CHECKING:
+    from crdiff_core.evaluation import Measurement
+
+log = logging.getLogger(__name__)
+
+
+class LedgerError(CRDiffError):
+    """The ledger's folder cannot be read or written."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything, but ratios and prompt, that a reward is a function of.
+
+    Two equal recipes give equal rewards, so a reward measured once is never measured again.
+    """
+
+    model: str
+    revision: str
+    height: int
+    width: int
+    dtype: str
+    scheduler: str
+    num_steps: int
+    guidance_scale: float
+    poa_weight: float
+    reward: str
+    reward_version: str
+
+    def key(self, ratios: BlockRatios) -> str:
+        """Name the evaluation of these ratios: a SHA-256 of the recipe and them."""
+        # The dense model has no pruned output to amplify: one key whatever the weight.
+        recipe = replace(self, poa_weight=0.0) if ratios.is_dense else self
+        parts = json.dumps({**asdict(recipe), "ratios": ratios.as_dict()}, sort_keys=True)
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("prompt", pa.string()),
+        ("seed", pa.int64()),
+        # None where the evaluation failed; a failure is never a number.
+        ("reward", pa.float64()),
+        ("failure", pa.string()),
+        *((group, pa.float64()) for group in GROUPS),
+        *((f"sparsity_{group}", pa.float64()) for group in GROUPS),
+        ("model", pa.string()),
+        ("revision", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("dtype", pa.string()),
+        ("scheduler", pa.string()),
+        ("num_steps", pa.int32()),
+        ("guidance_scale", pa.float64()),
+        ("poa_weight", pa.float64()),
+        ("reward_name", pa.string()),
+        ("reward_version", pa.string()),
+        ("batch_size", pa.int32()),
+        # Of the whole batch, divided evenly among its prompts.
+        ("seconds", pa.float64()),
+        ("measured_at", pa.timestamp("ms", tz="UTC")),
+    ],
+    metadata={"crdiff_ledger_schema": "1"},
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the ledger knows of one prompt under one key: a reward, or why there is none."""
+
+    reward: float | None
+    failure: str | None
+    seconds: float
+    sparsity: dict[Group, float]
+
+
+class Ledger:
+    """An append-only folder of Parquet files, one row for each (evaluation key, prompt, seed).
+
+    A batch's rows become durable together, by fsync and rename, before `append` returns. Several
+    drivers may append to one folder. Where a row is there twice, the first one written counts.
+    """
+
+    def __init__(self, folder: Path, *, retry_failed: bool = False) -> None:
+        """Read what is there.
+
+        retry_failed: forget recorded failures, so that they are evaluated again.
+        Raises LedgerError if the folder cannot be made or read.
+        """
+        self.folder = folder
+        self._retry_failed = retry_failed
+        self._entries: dict[tuple[str, str, int], Entry] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = self.table().to_pylist()
+        except OSError as error:
+            raise LedgerError(
+                f"{folder}: {error.strerror or error}: set output to a folder you may write"
+            ) from error
+        for row in rows:
+            sparsity = {group: row[f"sparsity_{group}"] for group in GROUPS}
+            entry = Entry(row["reward"], row["failure"], row["seconds"], sparsity)
+            self._add((row["key"], row["prompt"], row["seed"]), entry)
+
+    def table(self) -> pa.Table:
+        """Return every row, oldest file first, for reading in pandas or DuckDB."""
+        tables = []
+        for path in sorted(self.folder.glob("*.parquet")):
+            try:
+                # Not memory-mapped, so that no open file outlives the call.
+                tables.append(pq.read_table(path, schema=SCHEMA, memory_map=False))
+            except (pa.ArrowInvalid, pa.ArrowTypeError, KeyError) as error:
+                log.warning("%s is not a ledger file and is left out: %s", path, error)
+        return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+
+    def get(self, key: str, prompt: Prompt) -> Entry | None:
+        """Return what is known of a prompt under a key."""
+        return self._entries.get((key, prompt.text, prompt.seed))
+
+    def append(
+        self,
+        recipe: Recipe,
+        ratios: BlockRatios,
+        prompts: Sequence[Prompt],
+        outcome: Measurement | str,
+        batch_size: int,
+    ) -> None:
+        """Write the rows of one prompt batch, durably.
+
+        outcome: what was measured, or in one line why it failed.
+        Raises LedgerError if they cannot be written.
+        """
+        failed = isinstance(outcome, str)
+        rewards = (None,) * len(prompts) if isinstance(outcome, str) else outcome.rewards
+        seconds = 0.0 if isinstance(outcome, str) else sum(outcome.seconds.values())
+        sparsity = {} if isinstance(outcome, str) else outcome.sparsity
+        shared: dict[str, Any] = {
+            "key": recipe.key(ratios),
+            "failure": outcome if failed else None,
+            **{group: ratios[group] for group in GROUPS},
+            **{f"sparsity_{group}": sparsity.get(group) for group in GROUPS},
+            **{
+                field: value
+                for field, value in asdict(recipe).items()
+                if field not in {"reward", "poa_weight"}
+            },
+            "poa_weight": 0.0 if ratios.is_dense else recipe.poa_weight,
+            "reward_name": recipe.reward,
+            "batch_size": batch_size,
+            "seconds": seconds / len(prompts),
+            "measured_at": datetime.now(UTC),
+        }
+        rows = [
+            {**shared, "prompt": prompt.text, "seed": prompt.seed, "reward": reward}
+            for prompt, reward in zip(prompts, rewards, strict=True)
+        ]
+        self._write(pa.Table.from_pylist(rows, schema=SCHEMA))
+        for row in rows:
+            entry = Entry(row["reward"], row["failure"], row["seconds"], sparsity)
+            self._add((row["key"], row["prompt"], row["seed"]), entry)
+
+    def _add(self, key: tuple[str, str, int], entry: Entry) -> None:
+        known = self._entries.get(key)
+        if entry.failure is not None and (self._retry_failed or known is not None):
+            return
+        if known is None or known.failure is not None:
+            self._entries[key] = entry
+
+    def _write(self, table: pa.Table) -> None:
+        # Time first, so that files sort by age.
+        name = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}.parquet"
+        draft, target = self.folder / f".{name}", self.folder / name
+        try:
+            with draft.open("wb") as file:
+                pq.write_table(table, file)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(target)
+            _sync_folder(self.folder)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise LedgerError(
+                f"{target}: {error.strerror or error}: free space there or set output to another "
+                "folder; what was measured before is kept"
+            ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

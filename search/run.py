@@ -1,0 +1,121 @@
+"""Search for the best pruning ratios: `python -m search.run`, with --help for all settings."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from crdiff_core.errors import CRDiffError
+from search.config import Config
+
+if TYPE_CHECKING:
+    from search.driver import Outcome
+
+# In a wheel conf/ lies inside the package; in a checkout, beside it.
+_HERE = Path(__file__).parent
+CONF = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if folder.is_dir())
+
+
+def _compose() -> Config:
+    """Let Hydra read the command line; raises HydraException, OmegaConfBaseException, ConfigError.
+
+    Hydra only composes: a search that fails inside its main function would be reported twice.
+    """
+    composed: list[DictConfig] = []
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(composed.append)()
+    if not composed:  # It answered --help or the like by itself.
+        sys.exit(0)
+    raw = OmegaConf.to_container(composed[0], resolve=True)
+    assert isinstance(raw, dict)
+    return Config.parse({str(key): value for key, value in raw.items()})
+
+
+def _summary(outcome: Outcome) -> list[str]:
+    """Say what was found, verdict first."""
+    winner, dense, comparison = outcome.winner, outcome.dense, outcome.comparison
+    if comparison is None:
+        verdict = "not validated: a validation evaluation failed; see the ledger"
+    else:
+        verdict = (
+            f"{comparison.verdict}: {comparison.difference:+.4f}, 95% interval "
+            f"[{comparison.low:+.4f}, {comparison.high:+.4f}], on {comparison.num_prompts} fresh "
+            "prompts"
+        )
+    drawn = (
+        f"{outcome.num_rendered} pictures drawn in this run"
+        if outcome.num_rendered
+        else "nothing was drawn: the ledger had every reward"
+    )
+    lines = [
+        "",
+        f"against dense   {verdict}",
+        f"best ratios     {winner.ratios}  (down / mid / up)",
+        f"search prompts  {winner.mean:.4f}, dense {dense.mean:.4f}, on {len(winner.prompts)}",
+        f"pictures        {drawn}",
+        f"ratios file     {outcome.ratios_file}",
+    ]
+    tracker = outcome.tracker
+    if tracker is not None and tracker.error is not None:
+        lines.append(f"MLflow          not reached ({tracker.error}): run again to fill it in")
+    elif tracker is not None:
+        lines.append(f"dashboard       {tracker.dashboard_command}")
+    return lines
+
+
+def _command() -> str:
+    """Return the command line that starts this search, for whoever goes on with it."""
+    return shlex.join(["python", "-m", "search.run", *sys.argv[1:]])
+
+
+def _one_line(error: Exception) -> str:
+    """Say what Hydra found wrong in one line; its own messages take many."""
+    text = str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        options = ", ".join(option for option in error.options if option != "none")
+        return f"{group}={name} is unknown: choose one of {options}"
+    if match := re.search(r"Could not override '(.+?)'", text):
+        return f"{match[1]}: there is no such setting (python -m search.run --help lists them)"
+    return " ".join(text.split("full_key")[0].split())
+
+
+def main() -> int:
+    """Run the search that the command line describes; return the exit code."""
+    # Hydra then raises what it would else print over many lines.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.captureWarnings(True)
+    try:
+        config = _compose()
+        # Ray, MLflow and Optuna take seconds to import: not for --help or a misspelt key.
+        from search.driver import run
+        from search.progress import Progress
+
+        console = Console(highlight=False, soft_wrap=True)
+        for line in _summary(run(config, _command(), Progress(console))):
+            console.print(line)
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except CRDiffError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nStopped; nothing measured is lost. To go on: {_command()}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
