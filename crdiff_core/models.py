@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from crdiff_core.errors import ModelError
-from crdiff_core.ratios import Group, Resolution
+from crdiff_core.ratios import GROUPS, Group, Resolution, group_of
 from crdiff_core.shapes import WEIGHTS
 
 if TYPE_CHECKING:
@@ -21,6 +24,8 @@ EMBEDDED: dict[str, Path] = {"shapes": WEIGHTS}
 # Only these are known to work; the class is never taken from the folder's own word.
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 DTYPES = ("float32", "float16", "bfloat16")
+# They refuse a height or width that 8 does not divide, even if the VAE could draw it.
+_PIPELINE_FACTOR = 8
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,8 @@ class Model:
         return 1 << (len(self._config("vae", "config.json").get("block_out_channels", [0])) - 1)
 
     def check_resolution(self, resolution: Resolution) -> None:
-        """Raise ModelError unless the VAE can draw this size."""
-        factor = self.vae_factor
+        """Raise ModelError unless the pipeline and its VAE can draw this size."""
+        factor = math.lcm(self.vae_factor, _PIPELINE_FACTOR)
         if resolution.height % factor or resolution.width % factor:
             nearest = Resolution(
                 *(
@@ -86,20 +91,30 @@ class Model:
                 )
             )
             raise ModelError(
-                f"resolution {resolution} is not divisible by {factor}, the VAE factor of "
-                f"{self.name}: the nearest is res={nearest}"
+                f"resolution {resolution} is not divisible by {factor}, as {self.name} needs: the "
+                f"nearest is res={nearest}"
             )
 
     def num_prunable(self) -> dict[Group, int]:
-        """Return how many weights each group's ratio is a fraction of; loads no weights."""
-        import torch
-        from diffusers import UNet2DConditionModel
-
-        from crdiff_core.pruning import num_prunable
-
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(self._config("unet", "config.json"))
-        return num_prunable(unet)
+        """Return how many weights each group's ratio is a fraction of; reads only headers."""
+        shapes: dict[str, list[int]] = {}
+        for file in (self.folder / "unet").glob("*.safetensors"):
+            try:
+                with safe_open(file, framework="numpy") as tensors:
+                    names = tensors.keys()
+                    shapes |= {name: tensors.get_slice(name).get_shape() for name in names}
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"{file} is broken ({error}): fetch the model again") from error
+        if not shapes:
+            raise ModelError(
+                f"{self.folder / 'unet'} holds no safetensors weights: fetch the model again"
+            )
+        counts: dict[Group, int] = dict.fromkeys(GROUPS, 0)
+        for name, shape in shapes.items():
+            group = group_of(name)
+            if group is not None and len(shape) > 1:  # A layer's weight, not a bias or a norm.
+                counts[group] += math.prod(shape)
+        return counts
 
     def load(self, device: torch.device) -> Any:
         """Load the pipeline for drawing: evaluation mode, no gradients, no progress bar."""

@@ -33,10 +33,11 @@ class POADenoiser(nn.Module):
         poa_weight: float = DEFAULT_POA_WEIGHT,
     ) -> None:
         super().__init__()
-        if hasattr(unet, "_hf_hook"):
+        if _is_offloaded(unet):
             raise PruningError(
-                "the UNet is offloaded by accelerate, which swaps its weights: apply CR-Diff to a "
-                "pipeline without enable_model_cpu_offload or enable_sequential_cpu_offload"
+                "the UNet is offloaded, which swaps its weights: apply CR-Diff to a pipeline "
+                "without enable_model_cpu_offload, enable_sequential_cpu_offload or "
+                "enable_group_offload"
             )
         replica = PrunedReplica(unet)
         self.dense, self.pruned = replica.dense, replica.pruned
@@ -94,6 +95,16 @@ class POADenoiser(nn.Module):
         return self
 
 
+def _is_offloaded(unet: nn.Module) -> bool:
+    for module in unet.modules():
+        if hasattr(module, "_hf_hook"):  # Accelerate's.
+            return True
+        hooks = getattr(module, "_diffusers_hook", None)
+        if hooks is not None and hooks.get_hook("group_offloading") is not None:
+            return True
+    return False
+
+
 def apply(
     pipe: Any,
     ratios: BlockRatios | str | os.PathLike[str],
@@ -137,7 +148,8 @@ def remove(pipe: Any) -> Any:
     """Undo `apply`, in place and bit for bit; a pipeline without CR-Diff stays as it is."""
     if isinstance(pipe.unet, POADenoiser):
         denoiser = pipe.unet
-        pipe.unet = denoiser.dense
+        # Registered anew, because saving a pipeline while CR-Diff is applied forgets its UNet.
+        pipe.register_modules(unet=denoiser.dense)
         denoiser.replica.release()
     return pipe
 

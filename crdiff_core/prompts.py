@@ -91,9 +91,10 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
     """
     file = Path(path)
     try:
-        if file.suffix == ".parquet":
+        suffix = file.suffix.lower()
+        if suffix == ".parquet":
             texts: Iterable[str] = _read_parquet(file)
-        elif file.suffix == ".csv":
+        elif suffix == ".csv":
             texts = _read_csv(file)
         else:
             texts = file.read_text(encoding="utf-8-sig").splitlines()
@@ -121,8 +122,8 @@ def _column(found: Sequence[str], path: Path) -> str:
 def _read_csv(path: Path) -> list[str]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
-        column = _column(reader.fieldnames or [], path)
         try:
+            column = _column(reader.fieldnames or [], path)
             return [row[column] or "" for row in reader]
         except csv.Error as error:
             raise PromptError(f"{path}: line {reader.line_num}: {error}") from error

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from crdiff_core.errors import PruningError
-from crdiff_core.ratios import GROUPS, BlockRatios, Group
+from crdiff_core.ratios import GROUPS, BlockRatios, Group, group_of
 
-_GROUP_PREFIX: dict[Group, str] = {"down": "down_blocks.", "mid": "mid_block.", "up": "up_blocks."}
 # Clearing the sign bit leaves an integer that orders like the magnitude, NaN last.
 _MAGNITUDE_BITS: dict[torch.dtype, tuple[torch.dtype, int]] = {
     torch.float16: (torch.int16, 0x7FFF),
@@ -21,19 +20,14 @@ _MAGNITUDE_BITS: dict[torch.dtype, tuple[torch.dtype, int]] = {
 
 
 def target_layers(unet: nn.Module, group: Group) -> list[nn.Linear | nn.Conv2d]:
-    """Return the layers of one block group that CR-Diff prunes, in the order of the modules.
+    """Return the nn.Linear and nn.Conv2d of one block group, in the order of the modules.
 
-    Self-attention and feed-forward: nn.Linear and nn.Conv2d whose qualified name contains `attn`
-    or `ff` but not `attn2`. Raises PruningError if there are none.
-    Source: CR-Diff (arXiv:2604.05524), section 3.3, and its reference implementation.
+    Raises PruningError if there are none. `group_of` says which names count.
     """
     layers = [
         layer
         for name, layer in unet.named_modules()
-        if name.startswith(_GROUP_PREFIX[group])
-        and ("attn" in name or "ff" in name)
-        and "attn2" not in name
-        and isinstance(layer, nn.Linear | nn.Conv2d)
+        if group_of(name) == group and isinstance(layer, nn.Linear | nn.Conv2d)
     ]
     if not layers:
         raise PruningError(

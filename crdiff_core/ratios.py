@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,20 @@ from crdiff_core.errors import RatiosError
 
 Group = Literal["down", "mid", "up"]
 GROUPS: tuple[Group, ...] = ("down", "mid", "up")
+
+_PREFIXES: dict[str, Group] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
+
+
+def group_of(name: str) -> Group | None:
+    """Return the block group that a layer of this qualified name is pruned with; None: never.
+
+    Self-attention and feed-forward layers are: the name contains `attn` or `ff`, not `attn2`.
+    Source: CR-Diff (arXiv:2604.05524), section 3.3, and its reference implementation.
+    """
+    if "attn2" in name or not ("attn" in name or "ff" in name):
+        return None
+    return _PREFIXES.get(name.partition(".")[0])
+
 
 DEFAULT_POA_WEIGHT = 1.5
 """k of equation 2; the paper's choice (section 4.5, table 5)."""
@@ -40,7 +54,7 @@ class BlockRatios:
                 raise RatiosError(
                     f"{group} ratio {ratio!r} is not a number: give a fraction in [0, 1)"
                 )
-            if not (math.isfinite(ratio) and 0 <= ratio < 1):
+            if not 0 <= ratio < 1:
                 raise RatiosError(
                     f"{group} ratio {ratio} is outside [0, 1): give the fraction of weights to "
                     "prune, such as 0.3"
@@ -182,4 +196,9 @@ def _mapping(raw: object, key: str) -> Mapping[str, Any]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # The bound keeps NaN, infinities and integers too large for a float out.
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max
+    )

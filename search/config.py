@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
 from pydantic import model_validator as check
 
 from crdiff_core.errors import CRDiffError
@@ -24,7 +31,9 @@ class Settings(BaseModel):
 
 
 Size = Annotated[
-    Resolution, BeforeValidator(lambda v: v if isinstance(v, Resolution) else Resolution.parse(v))
+    Resolution,
+    BeforeValidator(lambda v: v if isinstance(v, Resolution) else Resolution.parse(v)),
+    PlainSerializer(str),
 ]
 Interval = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -145,11 +154,11 @@ class TrackingSettings(Settings):
 
 
 class RenderSettings(Settings):
-    """How a picture is drawn; batch_size `auto` is chosen once and recorded with the run."""
+    """How a picture is drawn; a batch_size of null is chosen once and recorded with the run."""
 
     num_steps: Count
     guidance_scale: Annotated[float, Field(ge=0)]
-    batch_size: Literal["auto"] | Count
+    batch_size: Count | None
 
 
 class RerankSettings(Settings):
@@ -191,11 +200,10 @@ class Config(Settings):
             first = error.errors()[0]
             # The searcher's name comes twice: as the discriminator, and as a part of no path.
             path = [str(part) for part in first["loc"] if part not in {"annealing", "random"}]
-            reason = first["msg"].removeprefix("Value error, ")
             if first["type"] == "extra_forbidden":
-                reason = "there is no such setting"
+                reason = "there is no such setting (python -m search.run --help lists them)"
+            elif first["type"] == "value_error":  # Our own check: it says what it found.
+                reason = first["msg"].removeprefix("Value error, ")
             else:
-                reason = f"{reason[0].lower()}{reason[1:]}, got {first['input']!r}"
-            raise ConfigError(
-                f"{'.'.join(path)}: {reason} (python -m search.run --help lists the settings)"
-            ) from error
+                reason = f"{first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+            raise ConfigError(f"{'.'.join(path)}: {reason}") from error

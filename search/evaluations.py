@@ -8,15 +8,17 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ray.tune.search import Searcher
 
-from crdiff_core.evaluation import Measurement
 from crdiff_core.prompts import Prompt, PromptSet
 from crdiff_core.ratios import GROUPS, BlockRatios, Group
 from search.annealing import DECIMALS
 from search.ledger import Ledger, Recipe
+
+if TYPE_CHECKING:
+    from crdiff_core.evaluation import Measurement
 
 Kind = Literal["dense", "search", "rerank", "validation", "dense validation"]
 

@@ -124,7 +124,7 @@ def _searcher(config: Config) -> Searcher:
 
 def _batch_size(config: Config, folder: Path) -> int:
     """Return the batch size given, else the one this run had before, else a new choice."""
-    if config.render.batch_size != "auto":
+    if config.render.batch_size is not None:
         return config.render.batch_size
     try:
         return int(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["batch_size"])

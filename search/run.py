@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from crdiff_core.errors import CRDiffError
-from search.config import Config
+from search.config import Config, ConfigError
 
 if TYPE_CHECKING:
     from search.driver import Outcome
@@ -32,8 +32,14 @@ def _compose() -> Config:
 
     Hydra only composes: a search that fails inside its main function would be reported twice.
     """
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise ConfigError("-m: one search at a time: run one command for each res or seed")
     composed: list[DictConfig] = []
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(composed.append)()
+    compose = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    try:
+        compose(composed.append)()
+    except ValueError as error:  # Some malformed overrides.
+        raise ConfigError(f"{' '.join(sys.argv[1:])}: {error}: write KEY=VALUE") from error
     if not composed:  # It answered --help or the like by itself.
         sys.exit(0)
     raw = OmegaConf.to_container(composed[0], resolve=True)
@@ -83,8 +89,7 @@ def _one_line(error: Exception) -> str:
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        options = ", ".join(option for option in error.options if option != "none")
-        return f"{group}={name} is unknown: choose one of {options}"
+        return f"{group}={name} is unknown: choose one of {', '.join(error.options)}"
     if match := re.search(r"Could not override '(.+?)'", text):
         return f"{match[1]}: there is no such setting (python -m search.run --help lists them)"
     return " ".join(text.split("full_key")[0].split())

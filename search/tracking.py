@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import queue
 import shlex
 import threading
@@ -91,9 +92,13 @@ class Tracker:
                 log.warning("MLflow: %s", self.error)
 
     def _open(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        # At MLflow's defaults a server that is down is asked again for minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         self._client = MlflowClient(self._experiment.uri)
         found = self._client.get_experiment_by_name(self._experiment.name)
         self.experiment_id = (

@@ -90,7 +90,8 @@ def _classify(pixels: Array) -> NDArray[np.int64]:
     # |p - c|^2 without |p|^2, which is the same for every c.
     flat = np.moveaxis(pixels, 1, -1)
     distance = (_PALETTE**2).sum(1) - np.float32(2) * (flat @ _PALETTE.T)
-    return distance.argmin(-1)
+    nearest: NDArray[np.int64] = distance.argmin(-1)
+    return nearest
 
 
 def _label(classes: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,0 +1,245 @@
+"""Caption grammar of the shapes model: captions by seed, caption -> scene -> picture."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crdiff_core.errors import PromptError
+
+Array = NDArray[np.float32]
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 70),
+    "blue": (50, 80, 220),
+    "yellow": (240, 210, 40),
+    "purple": (160, 60, 190),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (240, 240, 240),
+    "grey": (128, 128, 128),
+    "black": (16, 16, 16),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = ("small", "big")
+RELATIONS = ("left of", "right of", "above", "below")
+
+HELD_OUT = 0.2
+"""Share of the captions that training never sees."""
+
+# Radius as a fraction of the frame's shorter side. Pairs use `None`.
+RADII: dict[str | None, tuple[float, float]] = {
+    "small": (0.12, 0.15),
+    "big": (0.27, 0.33),
+    None: (0.15, 0.175),
+}
+# Area of a shape of radius 1.
+AREAS = {"circle": np.pi, "square": 4 * 0.9**2, "triangle": 2.4, "cross": 8 * 0.37 - 4 * 0.37**2}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object a caption asks for."""
+
+    colour: str
+    shape: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption means: one sized thing, or two things in a relation.
+
+    Exactly one of `size` (one thing) and `relation` (two things; the first is, say, left of the
+    second) is set.
+    """
+
+    things: tuple[Thing, ...]
+    background: str
+    size: str | None = None
+    relation: str | None = None
+
+    @property
+    def caption(self) -> str:
+        """The scene in words; `parse` is the inverse."""
+        names = [f"{thing.colour} {thing.shape}" for thing in self.things]
+        if self.size:
+            return f"a {self.size} {names[0]} on a {self.background} background"
+        return f"a {names[0]} {self.relation} a {names[1]} on a {self.background} background"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where things are: relative to the frame, so that it fits every size and aspect.
+
+    x, y:   centres, in [0, 1], one for each thing.
+    radius: fractions of the frame's shorter side.
+    """
+
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    radius: tuple[float, ...]
+
+
+_THING = rf"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+_ONE = re.compile(
+    rf"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+    rf" on a ({'|'.join(BACKGROUNDS)}) background"
+)
+_TWO = re.compile(
+    rf"{_THING} ({'|'.join(RELATIONS)}) {_THING} on a ({'|'.join(BACKGROUNDS)}) background"
+)
+
+
+def parse(caption: str) -> Scene:
+    """Read a caption.
+
+    Raises PromptError if it is outside the grammar.
+    """
+    if match := _ONE.fullmatch(caption):
+        size, colour, shape, background = match.groups()
+        return Scene((Thing(colour, shape),), background, size=size)
+    if match := _TWO.fullmatch(caption):
+        colour, shape, relation, colour2, shape2, background = match.groups()
+        things = (Thing(colour, shape), Thing(colour2, shape2))
+        if things[0] != things[1]:
+            return Scene(things, background, relation=relation)
+    raise PromptError(
+        f"caption {caption!r} is outside the shapes grammar: write it like "
+        f"{Scene((Thing('red', 'circle'),), 'white', size='big').caption!r} or "
+        f"'a red circle left of a blue square on a white background'"
+    )
+
+
+@cache
+def scenes() -> tuple[Scene, ...]:
+    """Every scene of the grammar (120 of one thing, 4560 of two), in a fixed order."""
+    things = [Thing(*pair) for pair in itertools.product(COLOURS, SHAPES)]
+    ones = itertools.product(things, BACKGROUNDS, SIZES)
+    twos = itertools.product(itertools.permutations(things, 2), BACKGROUNDS, RELATIONS)
+    return tuple(
+        [Scene((thing,), background, size=size) for thing, background, size in ones]
+        + [Scene(pair, background, relation=relation) for pair, background, relation in twos]
+    )
+
+
+@cache
+def scenes_of(held_out: bool) -> tuple[Scene, ...]:
+    """The scenes held out of training, or those trained on; told apart by the caption's hash."""
+
+    def is_held_out(scene: Scene) -> bool:
+        digest = hashlib.sha256(scene.caption.encode()).digest()
+        return int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32
+
+    return tuple(scene for scene in scenes() if is_held_out(scene) == held_out)
+
+
+def captions(num: int, seed: int) -> list[str]:
+    """Distinct captions the shipped model has never seen, in an order fixed by the seed.
+
+    A longer list with the same seed begins with the shorter one. One in forty is of one thing.
+    Raises PromptError if the held-out part of the grammar has fewer than `num`.
+    """
+    pool = scenes_of(held_out=True)
+    if not 0 <= num <= len(pool):
+        raise PromptError(
+            f"{num} captions asked for, the held-out part of the shapes grammar has {len(pool)}: "
+            f"ask for at most that many"
+        )
+    order = np.random.default_rng(seed).permutation(len(pool))
+    return [pool[i].caption for i in order[:num]]
+
+
+def place(scene: Scene, rng: np.random.Generator) -> Placement:
+    """Draw where the scene's things are; two things never touch on frames up to 1:2."""
+    radius = tuple(float(rng.uniform(*RADII[scene.size])) for _ in scene.things)
+    if scene.size:
+        low = max(4 / 3 * radius[0] + 0.02, 0.3)  # 4/3: a triangle's top
+        x, y = rng.uniform(low, 1 - low, 2).tolist()
+        return Placement((x,), (y,), radius)
+    along = (rng.uniform(0.25, 0.28), rng.uniform(0.73, 0.77))
+    if scene.relation in ("right of", "below"):
+        along = along[::-1]
+    across = tuple(rng.uniform(0.3, 0.7, 2).tolist())
+    if scene.relation in ("left of", "right of"):
+        return Placement(along, across, radius)
+    return Placement(across, along, radius)
+
+
+def distance(shape: str, x: Array, y: Array) -> Array:
+    """Signed distance to the outline of a shape of radius 1 at the origin, negative inside.
+
+    x, y: any one shape, y downwards. Exact enough near the outline to antialias with.
+    """
+    if shape == "circle":
+        circle: Array = np.sqrt(x * x + y * y) - np.float32(1)
+        return circle
+    x = np.abs(x)
+    if shape == "square":
+        return np.maximum(x, np.abs(y)) - np.float32(0.9)
+    if shape == "triangle":
+        # Corners (0, -4/3) and (+-1.2, 2/3), so that the centroid is the origin.
+        side = (np.float32(2) * x - np.float32(1.2) * (y + np.float32(4 / 3))) / np.float32(
+            np.hypot(2, 1.2)
+        )
+        return np.maximum(side, y - np.float32(2 / 3))
+    y = np.abs(y)
+    long, short = np.maximum(x, y), np.minimum(x, y)
+    cross: Array = np.maximum(long - np.float32(1), short - np.float32(0.37))
+    return cross
+
+
+def coverage(shape: str, x: Array, y: Array, radius: Array, height: int, width: int) -> Array:
+    """How much of each pixel N shapes of one kind cover, antialiased.
+
+    x, y, radius: (N,), in pixels. Returns (N, height, width) in [0, 1].
+    """
+    scale = radius[:, None, None]
+    grid_x = (np.arange(width, dtype=np.float32) + np.float32(0.5))[None, None, :]
+    grid_y = (np.arange(height, dtype=np.float32) + np.float32(0.5))[None, :, None]
+    across, down = np.broadcast_arrays(
+        (grid_x - x[:, None, None]) / scale, (grid_y - y[:, None, None]) / scale
+    )
+    covered: Array = np.float32(0.5) - distance(shape, across, down) * scale
+    return covered.clip(0, 1)
+
+
+def draw(
+    scenes: Sequence[Scene], placements: Sequence[Placement], height: int, width: int
+) -> Array:
+    """Draw clean pictures.
+
+    Returns (N, 3, height, width), float32 in [0, 1].
+    """
+    side = min(height, width)
+    images = np.empty((len(scenes), 3, height, width), np.float32)
+    images[:] = np.array([BACKGROUNDS[scene.background] for scene in scenes])[:, :, None, None]
+    layers: dict[tuple[int, str], list[int]] = {}
+    for i, scene in enumerate(scenes):
+        for k, thing in enumerate(scene.things):
+            layers.setdefault((k, thing.shape), []).append(i)
+    for (k, shape), rows in layers.items():
+        spots = [placements[i] for i in rows]
+        x = np.array([spot.x[k] for spot in spots], np.float32) * width
+        y = np.array([spot.y[k] for spot in spots], np.float32) * height
+        radius = np.array([spot.radius[k] for spot in spots], np.float32) * side
+        alpha = coverage(shape, x, y, radius, height, width)[:, None]
+        colour = np.array([COLOURS[scenes[i].things[k].colour] for i in rows], np.float32)
+        images[rows] += alpha * (colour[:, :, None, None] - images[rows])
+    return images / np.float32(255)
+
+
+def pictures(scenes: Sequence[Scene], seed: int, height: int, width: int) -> Array:
+    """Draw each scene once, its placement drawn from the seed.
+
+    Returns (N, 3, height, width), float32 in [0, 1].
+    """
+    rng = np.random.default_rng(seed)
+    return draw(scenes, [place(scene, rng) for scene in scenes], height, width)

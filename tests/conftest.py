@@ -1,0 +1,38 @@
+import os
+import shutil
+import tempfile
+
+import pytest
+
+# Before Ray is imported: quiet, no usage reports, no per-trial logs.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def ray_tmpdir():
+    """A folder of our own for Ray, with a short path: it holds Unix sockets."""
+    folder = tempfile.mkdtemp(prefix="crd", dir="/tmp")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def local_ray(ray_tmpdir):
+    """A Ray cluster of this test's own."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        _temp_dir=ray_tmpdir,
+    )
+    yield
+    ray.shutdown()

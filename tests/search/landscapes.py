@@ -1,0 +1,95 @@
+"""Analytic rewards and a plain worker loop, to drive an EvaluationSearch without drawing."""
+
+import hashlib
+import math
+import random
+from collections import deque
+
+from ray.tune.search import Searcher
+
+from crdiff_core.evaluation import Measurement
+from crdiff_core.prompts import split_prompts
+from crdiff_core.ratios import GROUPS, BlockRatios
+from search.evaluations import Budget, EvaluationSearch
+from search.ledger import Ledger, Recipe
+from search.searchers import AnnealingSearch, random_search
+
+SPACE = {group: (0.1, 0.8) for group in GROUPS}
+SEEDS = [dict.fromkeys(GROUPS, 0.3)]
+RECIPE = Recipe(
+    model="analytic",
+    revision="1",
+    height=24,
+    width=40,
+    dtype="float32",
+    scheduler="none",
+    num_steps=1,
+    guidance_scale=1.0,
+    poa_weight=1.5,
+    reward="analytic",
+    reward_version="1",
+)
+PROMPTS = split_prompts(
+    [f"prompt {i}" for i in range(30)], {"search": 7, "rerank": 8, "validation": 10}, 0, "here"
+)
+
+
+def reward_of(ratios, prompt):
+    """A smooth optimum at (.6, .3, .4), plus noise that is each prompt's own; dense is at 0."""
+    at = tuple(ratios[group] for group in GROUPS)
+    distance = sum((x - y) ** 2 for x, y in zip(at, (0.6, 0.3, 0.4), strict=True))
+    word = hashlib.sha256(f"{at} {prompt.text}".encode()).digest()
+    return math.exp(-distance / 0.1) + 0.05 * (word[0] / 255 - 0.5)
+
+
+def measure(ratios, prompts):
+    """Stand in for a trial's drawing and scoring."""
+    rewards = tuple(reward_of(ratios, prompt) for prompt in prompts)
+    return Measurement(rewards, ratios.as_dict(), {"prune": 0.0, "render": 1.0, "score": 0.0})
+
+
+def make_search(folder, searcher="annealing", max_evaluations=20, retry_failed=False, **budget):
+    inner = (
+        AnnealingSearch(SPACE, seed=3, max_evaluations=max_evaluations, seeds=SEEDS)
+        if searcher == "annealing"
+        else random_search(SPACE, 3)
+    )
+    return EvaluationSearch(
+        inner,
+        prompt_sets=PROMPTS,
+        recipe=RECIPE,
+        ledger=Ledger(folder, retry_failed=retry_failed),
+        batch_size=3,
+        budget=Budget(max_evaluations, **budget),
+    )
+
+
+def work(search, num_workers=1, outcome=None, max_trials=10_000, seed=0):
+    """Draw whatever the search hands out, on workers that finish in random order.
+
+    outcome: (ratios, prompts) -> what a trial reports; by default it measures.
+    Returns the number of trials that ended.
+    """
+    chance = random.Random(seed)
+    running, count = deque(), 0
+    while count < max_trials:
+        while len(running) < num_workers:
+            config = search.suggest(f"trial{count}-{len(running)}-{chance.random()}")
+            if config is None or config == Searcher.FINISHED:
+                break
+            running.append((list(search._trials)[-1], config))
+        if not running:
+            return count
+        running.rotate(chance.randrange(len(running)))
+        trial_id, config = running.popleft()
+        ratios = BlockRatios(**config["ratios"])
+        prompts = PROMPTS[config["prompts"]].batches(3)[config["batch"]]
+        reported = {"measured": measure(ratios, prompts)} if outcome is None else None
+        search.on_trial_complete(trial_id, reported or outcome(ratios, prompts))
+        count += 1
+    return count
+
+
+def course(search):
+    """What a search did, without what may differ between runs that must agree."""
+    return [(e.kind, e.key, e.rewards, e.failure) for e in search.evaluations]

@@ -1,0 +1,126 @@
+import logging
+from dataclasses import fields, replace
+
+import pyarrow.parquet as pq
+import pytest
+
+from crdiff_core.evaluation import Measurement
+from crdiff_core.prompts import Prompt
+from crdiff_core.ratios import BlockRatios
+from search.ledger import SCHEMA, Ledger, LedgerError
+from tests.search.landscapes import RECIPE
+
+RATIOS = BlockRatios(0.3, 0.2, 0.1)
+PROMPTS = (Prompt("a 'quoted' \n prompt 🎨", "p0", 7), Prompt("another", "p1", 8))
+MEASURED = Measurement((0.25, -1.5), {"down": 0.3, "mid": 0.2, "up": 0.1}, {"render": 2.0})
+
+
+def written(folder, outcome=MEASURED, **kwargs):
+    ledger = Ledger(folder, **kwargs)
+    ledger.append(RECIPE, RATIOS, PROMPTS, outcome, batch_size=2)
+    return ledger
+
+
+def test_what_is_appended_is_read_back_by_another_ledger(tmp_path):
+    written(tmp_path)
+    entry = Ledger(tmp_path).get(RECIPE.key(RATIOS), PROMPTS[0])
+
+    assert (entry.reward, entry.failure, entry.seconds) == (0.25, None, 1.0)
+    assert entry.sparsity == MEASURED.sparsity
+
+
+def test_rows_say_what_they_are_of(tmp_path):
+    written(tmp_path)
+    row = Ledger(tmp_path).table().to_pylist()[1]
+
+    assert (row["prompt"], row["seed"], row["reward"]) == ("another", 8, -1.5)
+    assert (row["down"], row["mid"], row["up"], row["poa_weight"]) == (0.3, 0.2, 0.1, 1.5)
+    assert (row["model"], row["height"], row["width"], row["batch_size"]) == (
+        "analytic",
+        24,
+        40,
+        2,
+    )
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(RECIPE)])
+def test_every_part_of_the_recipe_is_part_of_the_key(field):
+    value = getattr(RECIPE, field)
+    changed = replace(RECIPE, **{field: value + "x" if isinstance(value, str) else value + 1})
+
+    assert changed.key(RATIOS) != RECIPE.key(RATIOS)
+
+
+def test_another_seed_is_another_row(tmp_path):
+    ledger = written(tmp_path)
+
+    assert ledger.get(RECIPE.key(RATIOS), replace(PROMPTS[0], seed=9)) is None
+    assert ledger.get(RECIPE.key(RATIOS), replace(PROMPTS[0], tag="renamed")) is not None
+
+
+def test_a_failure_is_no_number(tmp_path):
+    written(tmp_path, "CUDA out of memory")
+    entry = Ledger(tmp_path).get(RECIPE.key(RATIOS), PROMPTS[0])
+
+    assert (entry.reward, entry.failure) == (None, "CUDA out of memory")
+
+
+def test_a_success_replaces_a_failure_but_not_the_other_way(tmp_path):
+    written(tmp_path, "node lost")
+    written(tmp_path)
+    written(tmp_path, "node lost")
+
+    assert Ledger(tmp_path).get(RECIPE.key(RATIOS), PROMPTS[0]).reward == 0.25
+
+
+def test_retry_failed_forgets_failures(tmp_path):
+    written(tmp_path, "node lost")
+
+    assert Ledger(tmp_path, retry_failed=True).get(RECIPE.key(RATIOS), PROMPTS[0]) is None
+
+
+def test_an_unfinished_draft_is_no_part_of_the_ledger(tmp_path):
+    written(tmp_path)
+    (tmp_path / ".20990101T000000-torn.parquet").write_bytes(b"PAR1 half a file")
+
+    assert Ledger(tmp_path).table().num_rows == 2
+
+
+def test_a_torn_file_is_left_out_with_a_warning(tmp_path, caplog):
+    written(tmp_path)
+    (tmp_path / "20990101T000000-torn.parquet").write_bytes(b"PAR1 half a file")
+
+    with caplog.at_level(logging.WARNING):
+        assert Ledger(tmp_path).table().num_rows == 2
+    assert "torn.parquet is not a ledger file" in caplog.text
+
+
+def test_files_carry_the_schema_version(tmp_path):
+    written(tmp_path)
+    file = next(tmp_path.glob("*.parquet"))
+
+    assert pq.read_schema(file).metadata[b"crdiff_ledger_schema"] == b"1"
+    assert pq.read_schema(file).names == SCHEMA.names
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(LedgerError, match=r"^[^\n]*set output to a folder you may write$"):
+        Ledger(tmp_path / "file" / "ledger")
+
+
+def test_a_write_that_fails_keeps_what_was_there_and_no_draft(tmp_path, monkeypatch):
+    ledger = written(tmp_path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(LedgerError, match="No space left on device: free space there"):
+        ledger.append(RECIPE, BlockRatios(), PROMPTS, MEASURED, batch_size=2)
+    monkeypatch.undo()
+
+    assert Ledger(tmp_path).table().num_rows == 2
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert ledger.get(RECIPE.key(BlockRatios()), PROMPTS[0]) is None

@@ -1,0 +1,82 @@
+"""The command line: what it says when something is wrong, and that nothing is lost by it."""
+
+import sys
+
+import pytest
+
+from search import run
+
+
+@pytest.fixture
+def search(monkeypatch, capsys):
+    """Run `python -m search.run` with the arguments; its exit code and what it wrote."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["search.run", *arguments])
+        try:
+            code = run.main()
+        except SystemExit as stopped:
+            code = stopped.code
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("res.widht=3", "res.widht: there is no such setting"),
+        ("modle=shapes", "modle: there is no such setting"),
+        ("searcher=random searcher.cooling=.9", "searcher.cooling: there is no such setting"),
+        ("model=nope", "model=nope is unknown: choose one of shapes"),
+        ("searcher=nope", "searcher=nope is unknown: choose one of annealing, random"),
+        ("res=25x40", "resolution 25x40 is not divisible by 4, the VAE factor of shapes: the"),
+        ("searcher.bounds.up=[0.1,1.0]", "searcher.bounds.up.1: input should be less than 1"),
+        ("prompts.path=EMPTY", "holds no prompt: write one prompt a line"),
+        ("prompts.path=/no/such.txt", "No such file or directory: set prompts.path"),
+        ("prompts.search=100000", "distinct prompts and 100000 search + 64 rerank"),
+        ("searcher.max_evaluations=0", "searcher.max_evaluations: input should be greater"),
+        ("model.path=/no/such", "/no/such is not a diffusers folder"),
+        ("seed=${nope}", "Interpolation key 'nope' not found"),
+        ("searcher.cooling=${oc.env:PATH}", "searcher.cooling: input should be a valid number"),
+        ("model._target_=os.system", "model._target_: there is no such setting"),
+        ("=3", "write KEY=VALUE"),
+        ("-m seed=1,2", "one search at a time"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(search, tmp_path, arguments, message):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    given = arguments.replace("EMPTY", str(tmp_path / "empty.txt")).split()
+    code, out, err = search(*given, f"output={tmp_path / 'runs'}")
+
+    assert code == 2
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in out + err
+
+
+def test_a_mistake_loses_nothing_that_was_paid_for(search, tmp_path):
+    kept = tmp_path / "runs" / "shapes_24x40" / "annealing-seed0" / "best_ratios.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}")
+    search("prompts.search=100000", f"output={tmp_path / 'runs'}")
+
+    assert kept.read_text() == "{}"
+
+
+def test_help_names_models_resolutions_searchers_and_examples(search):
+    code, out, _ = search("--help")
+
+    assert code in {0, None}
+    for part in ("model: shapes", "searcher: annealing, random", "HEIGHTxWIDTH", "Examples:"):
+        assert part in out
+
+
+def test_an_output_that_cannot_be_written_is_one_clear_line(search, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = search(f"output={tmp_path / 'file'}")
+
+    assert code == 2
+    assert err.endswith("set output to a folder you may write\n")
