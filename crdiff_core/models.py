@@ -135,7 +135,7 @@ class Model:
                 use_safetensors=True,
                 local_files_only=True,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"{folder} does not load: {reason}: fetch it again") from error
         pipe.set_progress_bar_config(disable=True)

@@ -27,7 +27,10 @@ def choose_device(name: str = "auto") -> torch.device:
     """Return the device of that name; `auto` is the GPU if there is one. Raises ModelError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device {name!r} is unknown: set cluster.device=auto or cpu") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("device cuda is not there: set cluster.device=auto or cpu")
     return device

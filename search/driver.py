@@ -6,9 +6,12 @@ import json
 import logging
 import math
 import os
+import secrets
+import socket
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -70,9 +73,7 @@ def run(config: Config, command: str, progress: Progress) -> Outcome:
             _fit(plan)
         if search.failure is not None:
             status = "FAILED"
-            raise SearchFailedError(
-                f"{search.failure}: mend that and run again with trial.retry_failed=true"
-            )
+            raise SearchFailedError(search.failure)
         if not search.finished:
             raise KeyboardInterrupt
         ratios_file = write_results(plan)
@@ -168,20 +169,21 @@ def _cluster(config: Config) -> Iterator[dict[str, float]]:
     import ray
 
     settings = config.cluster
-    try:
-        ray.init(
-            address=settings.address,
-            include_dashboard=False if settings.address == "local" else None,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"no Ray cluster at cluster.address={settings.address}: {reason}: start one, or use "
-            "cluster=local"
-        ) from error
-    try:
+    with ExitStack() as stack:
+        if settings.address == "local":
+            stack.enter_context(_private_token())
+        else:
+            _check_reachable(settings.address)
+        try:
+            ray.init(
+                address=settings.address,
+                include_dashboard=False if settings.address == "local" else None,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            raise _no_cluster(settings.address, error) from error
+        stack.callback(ray.shutdown)
         gpus = ray.cluster_resources().get("GPU", 0)
         if settings.device == "cuda" and not gpus:
             raise ConfigError("the cluster has no GPU: set cluster.device=auto or cpu")
@@ -189,8 +191,87 @@ def _cluster(config: Config) -> Iterator[dict[str, float]]:
         if gpus and settings.device != "cpu":
             resources["gpu"] = settings.gpus_per_trial
         yield resources
+
+
+def _no_cluster(address: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:300]
+    if address == "local":
+        return ConfigError(f"Ray does not start: {reason}: see /tmp/ray/session_latest/logs")
+    return ConfigError(
+        f"no Ray cluster at cluster.address={address}: {reason}: start one, or use cluster=local"
+    )
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ConfigError at once for what ray.init would report after half a minute of log lines.
+
+    Ray itself aborts the process if a token is asked for and there is none.
+    """
+    from ray._private.authentication.authentication_token_setup import (
+        ensure_token_if_auth_enabled,
+        maybe_enable_token_auth_if_token_available,
+    )
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError, RayError
+
+    try:
+        head = canonicalize_bootstrap_address(address)
+        host, _, port = head.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        if address == "auto":
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        ensure_token_if_auth_enabled(create_token_if_missing=False)
+        with _silent_stderr():
+            GcsClient(address=head)
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"cluster.address={address}: the Ray token is missing or not this cluster's: set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
+        ) from error
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        raise _no_cluster(address, error) from error
+
+
+@contextmanager
+def _private_token() -> Iterator[None]:
+    """Close a cluster of our own to everyone else: Ray listens on every network interface.
+
+    Whoever sets RAY_AUTH_MODE decides for themselves.
+    """
+    if os.environ.get("RAY_AUTH_MODE"):
+        yield
+        return
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    def use(variables: dict[str, str]) -> None:
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+            os.environ.pop(name, None)
+        os.environ.update(variables)
+        # Ray has read both when it was imported.
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+    earlier = os.environ.get("RAY_AUTH_TOKEN")
+    use({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    try:
+        yield
     finally:
-        ray.shutdown()
+        use({"RAY_AUTH_TOKEN": earlier} if earlier else {})
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Discard what Ray's C++ side writes; it heeds neither logging nor RAY_BACKEND_LOG_LEVEL."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 # --- what the driver tells others --------------------------------------------------------------

@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 from crdiff_core.prompts import Prompt, PromptSet
 from crdiff_core.ratios import GROUPS, BlockRatios, Group
 from search.annealing import DECIMALS
-from search.ledger import Ledger, Recipe
+from search.ledger import Ledger, LedgerError, Recipe
 
 if TYPE_CHECKING:
     from crdiff_core.evaluation import Measurement
@@ -25,6 +25,7 @@ Kind = Literal["dense", "search", "rerank", "validation", "dense validation"]
 METRIC = "reward"
 # Failed evaluations after which a search that has seen no success gives up.
 _HOPELESS = 3
+_RETRY = ": mend that and run again with trial.retry_failed=true"
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,19 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
     ) -> None:
         """Write a batch's rewards to the ledger, then tell the searcher if that completes one.
 
-        A batch that failed is handed out again, up to budget.max_failures times.
+        A batch that failed is handed out again, up to budget.max_failures times. A ledger that
+        cannot be written ends the search: what is not recorded would be paid for twice.
         """
         if trial_id not in self._trials:
             return
-        evaluation, batch = self._trials.pop(trial_id)
+        try:
+            self._settle(*self._trials.pop(trial_id), result, error)
+        except LedgerError as broken:
+            self.failure = str(broken)
+
+    def _settle(
+        self, evaluation: _Open, batch: int, result: dict[str, Any] | None, error: bool
+    ) -> None:
         if result is None and not error:  # Ended by Ray before it began: not its fault.
             evaluation.todo.appendleft(batch)
             return
@@ -257,9 +266,8 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             best.setdefault(evaluation.key, evaluation)
         candidates = [e for e in best.values() if e.failure is None][: self._budget.rerank_top]
         if not candidates:
-            self.failure = "every evaluation failed; the last: " + str(
-                self.evaluations[-1].failure
-            )
+            self.failure = f"every evaluation failed; the last: {self._of('search')[-1].failure}"
+            self.failure += _RETRY
             return True
         reranking = any(evaluation.kind == "rerank" for evaluation in self._open)
         if reranking:
@@ -331,9 +339,9 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
     def _stop_if_hopeless(self, last: Evaluation) -> None:
         searched = self._of("search")
         if last.kind == "dense" and last.failure is not None:
-            self.failure = f"the dense model cannot be evaluated: {last.failure}"
+            self.failure = f"the dense model cannot be evaluated: {last.failure}{_RETRY}"
         elif len(searched) == _HOPELESS and all(e.failure is not None for e in searched):
-            self.failure = f"the first {_HOPELESS} evaluations all failed: {last.failure}"
+            self.failure = f"the first {_HOPELESS} evaluations failed: {last.failure}{_RETRY}"
 
 
 def _by_mean(evaluation: Evaluation) -> float:

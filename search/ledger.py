@@ -131,7 +131,10 @@ class Ledger:
         for path in sorted(self.folder.glob("*.parquet")):
             try:
                 # Not memory-mapped, so that no open file outlives the call.
-                tables.append(pq.read_table(path, schema=SCHEMA, memory_map=False))
+                # Nor does a folder named a=b above it count as a column.
+                tables.append(
+                    pq.read_table(path, schema=SCHEMA, memory_map=False, partitioning=None)
+                )
             except (pa.ArrowInvalid, pa.ArrowTypeError, KeyError) as error:
                 log.warning("%s is not a ledger file and is left out: %s", path, error)
         return pa.concat_tables(tables) if tables else SCHEMA.empty_table()

@@ -82,10 +82,10 @@ class Plan:
 
     @cached_property
     def key(self) -> str:
-        """Names the search: a digest of all that decides its course and its result."""
+        """Names the search: a digest of all that decides its course but where it ends."""
         parts = {
             "recipe": asdict(self.recipe),
-            "searcher": self.config.searcher.model_dump(mode="json"),
+            "searcher": self.config.searcher.model_dump(mode="json", exclude={"max_evaluations"}),
             "seed": self.config.seed,
             "prompts": {name: prompts.digest for name, prompts in self.prompt_sets.items()},
             "rerank_top": self.config.rerank.top,
@@ -101,9 +101,10 @@ def _prompt_sets(config: Config) -> dict[str, PromptSet]:
         random.Random(prompts.seed).shuffle(texts)
         source = prompts.path
     else:
-        from crdiff_core.shapes.grammar import captions
+        from crdiff_core.shapes.grammar import captions, scenes_of
 
-        texts = captions(sum(sizes.values()), prompts.seed)
+        num_held_out = len(scenes_of(held_out=True))
+        texts = captions(min(sum(sizes.values()), num_held_out), prompts.seed)
         source = "the shapes grammar"
     return split_prompts(texts, sizes, prompts.seed, source)
 

@@ -20,13 +20,12 @@ class Progress:
         self.console = console
         self._live: RichProgress | None = None
         self._last_line_s = 0.0
-        self._started_s = time.monotonic()
         self._num_replayed: int | None = None
+        self._first_drawn_s: float | None = None
 
     def begin(self, search: EvaluationSearch) -> None:
         """Show what the ledger knew, and start the live line if there is a terminal."""
         self._num_replayed = len(search.evaluations)
-        self._started_s = time.monotonic()
         if self.console.is_terminal:
             self._live = RichProgress(
                 TextColumn("evaluations"),
@@ -63,10 +62,15 @@ class Progress:
             self.console.print(f"{done}/{total} evaluations, {text}{self._left(done, total)}")
 
     def _left(self, done: int, total: int) -> str:
-        drawn = done - (self._num_replayed or 0)
-        if drawn <= 0:
+        # From the first evaluation on: what came before it was mostly loading.
+        num_drawn = done - (self._num_replayed or 0) - 1
+        if num_drawn < 0:
             return ""
-        seconds = (time.monotonic() - self._started_s) / drawn * (total - done)
+        if self._first_drawn_s is None:
+            self._first_drawn_s = time.monotonic()
+        if num_drawn == 0:
+            return ""
+        seconds = (time.monotonic() - self._first_drawn_s) / num_drawn * (total - done)
         return f", {seconds / 60:.0f} min left" if seconds >= 90 else f", {seconds:.0f} s left"
 
 

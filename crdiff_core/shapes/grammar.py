@@ -30,7 +30,13 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = ("small", "big")
-RELATIONS = ("left of", "right of", "above", "below")
+# Where the first and the second of two things are.
+RELATIONS = {
+    "left of": ("on the left", "on the right"),
+    "right of": ("on the right", "on the left"),
+    "above": ("at the top", "at the bottom"),
+    "below": ("at the bottom", "at the top"),
+}
 
 HELD_OUT = 0.2
 """Share of the captions that training never sees."""
@@ -70,9 +76,11 @@ class Scene:
     def caption(self) -> str:
         """The scene in words; `parse` is the inverse."""
         names = [f"{thing.colour} {thing.shape}" for thing in self.things]
-        if self.size:
-            return f"a {self.size} {names[0]} on a {self.background} background"
-        return f"a {names[0]} {self.relation} a {names[1]} on a {self.background} background"
+        ground = f"on a {self.background} background"
+        if self.relation is None:
+            return f"a {self.size} {names[0]} in the middle {ground}"
+        first, second = RELATIONS[self.relation]
+        return f"a {names[0]} {first} and a {names[1]} {second} {ground}"
 
 
 @dataclass(frozen=True)
@@ -89,13 +97,12 @@ class Placement:
 
 
 _THING = rf"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+_GROUND = rf"on a ({'|'.join(BACKGROUNDS)}) background"
 _ONE = re.compile(
-    rf"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-    rf" on a ({'|'.join(BACKGROUNDS)}) background"
+    rf"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) in the middle {_GROUND}"
 )
-_TWO = re.compile(
-    rf"{_THING} ({'|'.join(RELATIONS)}) {_THING} on a ({'|'.join(BACKGROUNDS)}) background"
-)
+_WHERE = r"((?:on|at) the (?:left|right|top|bottom))"
+_TWO = re.compile(rf"{_THING} {_WHERE} and {_THING} {_WHERE} {_GROUND}")
 
 
 def parse(caption: str) -> Scene:
@@ -107,14 +114,15 @@ def parse(caption: str) -> Scene:
         size, colour, shape, background = match.groups()
         return Scene((Thing(colour, shape),), background, size=size)
     if match := _TWO.fullmatch(caption):
-        colour, shape, relation, colour2, shape2, background = match.groups()
+        colour, shape, where, colour2, shape2, where2, background = match.groups()
         things = (Thing(colour, shape), Thing(colour2, shape2))
-        if things[0] != things[1]:
-            return Scene(things, background, relation=relation)
+        for relation, places in RELATIONS.items():
+            if places == (where, where2) and things[0] != things[1]:
+                return Scene(things, background, relation=relation)
     raise PromptError(
         f"caption {caption!r} is outside the shapes grammar: write it like "
-        f"{Scene((Thing('red', 'circle'),), 'white', size='big').caption!r} or "
-        f"'a red circle left of a blue square on a white background'"
+        "'a big red circle in the middle on a white background' or 'a red circle on the left "
+        "and a blue square on the right on a grey background'"
     )
 
 
@@ -161,7 +169,7 @@ def place(scene: Scene, rng: np.random.Generator) -> Placement:
     """Draw where the scene's things are; two things never touch on frames up to 1:2."""
     radius = tuple(float(rng.uniform(*RADII[scene.size])) for _ in scene.things)
     if scene.size:
-        low = max(4 / 3 * radius[0] + 0.02, 0.3)  # 4/3: a triangle's top
+        low = max(4 / 3 * radius[0] + 0.02, 0.4)  # 4/3: a triangle's top
         x, y = rng.uniform(low, 1 - low, 2).tolist()
         return Placement((x,), (y,), radius)
     along = (rng.uniform(0.25, 0.28), rng.uniform(0.73, 0.77))

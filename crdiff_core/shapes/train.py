@@ -36,6 +36,9 @@ from crdiff_core.shapes import grammar
 NATIVE = 32
 """Height and width of every picture the UNet is trained on."""
 
+NUM_TOKENS = 20
+"""Length every caption is padded to; the longest takes 19."""
+
 # The VAE sees other sizes too, so that what breaks there is the denoising.
 VAE_SIZES = ((32, 32), (24, 40), (32, 32), (40, 24), (24, 24))
 
@@ -54,16 +57,16 @@ class Recipe:
     vae_lr: float = 3e-3
     vae_channels: tuple[int, ...] = (16, 32, 32)
     kl_weight: float = 1e-5
-    pictures: int = 65536
-    steps: int = 5000
+    pictures: int = 40960
+    steps: int = 4000
     batch: int = 64
-    lr: float = 1e-3
+    lr: float = 1.5e-3
     warmup: int = 200
     ema: float = 0.999
     caption_dropout: float = 0.1
-    channels: tuple[int, ...] = (32, 64)
-    down_layers: tuple[int, ...] = (1, 4)
-    up_layers: tuple[int, ...] = (1, 3)
+    channels: tuple[int, ...] = (48, 72)
+    down_layers: tuple[int, ...] = (1, 2)
+    up_layers: tuple[int, ...] = (1, 2)
     heads: int = 4
     text_width: int = 64
     text_layers: int = 2
@@ -71,8 +74,8 @@ class Recipe:
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """A CLIP tokenizer with one token for each word of the grammar; its files go to `folder`."""
-    words = ["a", "on", "background", *grammar.SIZES, *grammar.COLOURS, *grammar.SHAPES]
-    words += [*grammar.BACKGROUNDS, *" ".join(grammar.RELATIONS).split()]
+    words = ["a", "on", "in", "the", "and", "at", "middle", "background", *grammar.SIZES, *grammar.COLOURS, *grammar.SHAPES]
+    words += [*grammar.BACKGROUNDS, *" ".join(map(" ".join, grammar.RELATIONS.values())).split()]
     # Longest first: "green" must be built before "red" makes a merge of its r and e.
     words = sorted(set(words), key=lambda word: (-len(word), word))
     letters = sorted(set("".join(words)))
@@ -92,7 +95,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     (folder / "merges.txt").write_text(
         "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n"
     )
-    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=16)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=NUM_TOKENS)
     split = [word for word in words if len(tokenizer.tokenize(word)) != 1]
     if split:
         raise ModelError(f"tokenizer splits {split}: their merges collide, rename the words")
@@ -144,7 +147,7 @@ def build_text_encoder(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIPTextMode
             intermediate_size=4 * recipe.text_width,
             num_hidden_layers=recipe.text_layers,
             num_attention_heads=4,
-            max_position_embeddings=16,
+            max_position_embeddings=NUM_TOKENS,
             projection_dim=recipe.text_width,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -280,7 +283,7 @@ def encode_pictures(
 ) -> tuple[Tensor, Tensor]:
     """Draw and encode the pictures the UNet is trained on, and set the VAE's scaling factor.
 
-    Returns latents (N, 4, 8, 8) of standard deviation 1, and token ids (N, 16).
+    Returns latents (N, 4, 8, 8) of standard deviation 1, and token ids (N, NUM_TOKENS).
     """
     scenes = scenes_for(recipe.seed, recipe.pictures)
     device = vae.device
@@ -291,7 +294,7 @@ def encode_pictures(
     latents = torch.cat(parts)
     vae.register_to_config(scaling_factor=1 / float(latents.std()))
     texts = [scene.caption for scene in scenes]
-    ids = tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt").input_ids
+    ids = tokenizer(texts, padding="max_length", max_length=NUM_TOKENS, return_tensors="pt").input_ids
     return latents * vae.config.scaling_factor, ids.to(device)
 
 
@@ -328,7 +331,7 @@ def train_unet(
     )
     checkpoint = Checkpoint(work / "unet.pt", {"models": models, "ema": ema}, optimizer)
     noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-    empty = tokenizer("", padding="max_length", max_length=16, return_tensors="pt").input_ids
+    empty = tokenizer("", padding="max_length", max_length=NUM_TOKENS, return_tensors="pt").input_ids
     empty = empty.to(device)
     average = 0.0
     models.train()

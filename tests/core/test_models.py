@@ -49,7 +49,7 @@ def test_a_loaded_model_only_draws(pipe):
 
 
 def test_an_unknown_name_without_a_path_is_refused():
-    with pytest.raises(ModelError, match="model sdxl is not embedded: set model.path"):
+    with pytest.raises(ModelError, match=r"model sdxl is not embedded: set model.path"):
         _ = Model("sdxl").folder
 
 

@@ -171,7 +171,9 @@ def test_three_failures_at_the_start_end_the_search(tmp_path):
     search = make_search(tmp_path)
     work(search, outcome=failing(lambda ratios: not ratios.is_dense))
 
-    assert "the first 3 evaluations all failed" in search.failure
+    assert (
+        "the first 3 evaluations failed: NaN pictures: mend that and run again" in search.failure
+    )
 
 
 def test_a_dead_worker_fails_the_evaluation_with_a_reason(tmp_path):
@@ -215,6 +217,22 @@ def test_rows_are_durable_before_anyone_hears_of_the_evaluation(tmp_path):
 
     assert len(known) == len(search.evaluations)
     assert all(known)
+
+
+def test_a_ledger_that_cannot_be_written_ends_the_search(tmp_path, monkeypatch):
+    search = make_search(tmp_path)
+    work(search, max_trials=5)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    work(search)
+    monkeypatch.undo()
+
+    assert "No space left on device" in search.failure
+    again = make_search(tmp_path)
+    assert work(again) == 21 * 3 + 3 * 3 + 2 * 4 - 5
 
 
 def test_ray_may_pickle_the_searcher_at_any_time(tmp_path):

@@ -31,7 +31,10 @@ def search(monkeypatch, capsys):
         ("searcher=random searcher.cooling=.9", "searcher.cooling: there is no such setting"),
         ("model=nope", "model=nope is unknown: choose one of shapes"),
         ("searcher=nope", "searcher=nope is unknown: choose one of annealing, random"),
-        ("res=25x40", "resolution 25x40 is not divisible by 4, the VAE factor of shapes: the"),
+        (
+            "res=25x40",
+            "resolution 25x40 is not divisible by 8, as shapes needs: the nearest is res=24x40",
+        ),
         ("searcher.bounds.up=[0.1,1.0]", "searcher.bounds.up.1: input should be less than 1"),
         ("prompts.path=EMPTY", "holds no prompt: write one prompt a line"),
         ("prompts.path=/no/such.txt", "No such file or directory: set prompts.path"),

@@ -1,0 +1,130 @@
+"""Evaluation: one reward for each prompt, in order, the same each time; never a false score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from crdiff_core.errors import RenderError, RewardError
+from crdiff_core.evaluation import evaluate
+from crdiff_core.models import Model
+from crdiff_core.prompts import Prompt
+from crdiff_core.ratios import GROUPS, BlockRatios, Resolution
+from crdiff_core.replica import Replica
+from crdiff_core.rewards import load_reward
+from tests.core.conftest import CPU
+
+# Diffusers' scheduler calls np.array on a tensor, which torch has not yet adapted to numpy 2.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
+PROMPTS = [Prompt(f"a {name}", name, seed) for seed, name in enumerate(["cat", "dog", "fox"])]
+RATIOS = BlockRatios(0.4, 0.6, 0.5)
+
+
+class Brightness:
+    """A reward that any picture has."""
+
+    name = "brightness"
+    version = "1"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
+        assert len(images) == len(prompts)
+        return [float(image.mean()) for image in images]
+
+
+class Fixed(Brightness):
+    """Says what it is told to."""
+
+    def __init__(self, *rewards: float) -> None:
+        self.rewards = list(rewards)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
+        return self.rewards
+
+
+@pytest.fixture(scope="module")
+def replica(sd_folder: Path) -> Replica:
+    return Replica(
+        Model("small", str(sd_folder)),
+        Resolution(16, 16),
+        num_steps=2,
+        guidance_scale=3.0,
+        poa_weight=1.5,
+        device=CPU,
+    )
+
+
+def test_each_prompt_gets_its_pictures_reward_in_order(replica):
+    rewards = evaluate(replica, RATIOS, PROMPTS, Brightness()).rewards
+    replica.set_ratios(RATIOS)
+    images = replica.render(PROMPTS)
+    assert rewards == tuple(float(image.mean()) for image in images)
+
+
+def test_an_evaluation_is_the_same_whatever_was_evaluated_before(replica):
+    first = evaluate(replica, RATIOS, PROMPTS, Brightness()).rewards
+    other = evaluate(replica, BlockRatios(up=0.9), PROMPTS, Brightness()).rewards
+    assert evaluate(replica, RATIOS, PROMPTS, Brightness()).rewards == first != other
+
+
+def test_a_batch_of_three_gives_the_rewards_of_three_batches_of_one(replica):
+    together = evaluate(replica, RATIOS, PROMPTS, Brightness()).rewards
+    alone = [evaluate(replica, RATIOS, [each], Brightness()).rewards[0] for each in PROMPTS]
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_ratios_of_zero_measure_the_dense_model(replica):
+    rewards = evaluate(replica, BlockRatios(), PROMPTS, Brightness()).rewards
+    with torch.no_grad():
+        replica.denoiser.configure(RATIOS, 0.0)
+        assert rewards == tuple(Brightness()(replica.render(PROMPTS), [""] * 3))
+
+
+def test_the_measured_sparsity_is_the_ratios(replica):
+    sparsity = evaluate(replica, RATIOS, PROMPTS[:1], Brightness()).sparsity
+    assert sparsity == pytest.approx({group: RATIOS[group] for group in GROUPS}, abs=1e-3)
+
+
+def test_each_stage_is_timed(replica):
+    seconds = evaluate(replica, RATIOS, PROMPTS[:1], Brightness()).seconds
+    assert list(seconds) == ["prune", "render", "score"]
+    assert seconds["render"] > seconds["score"] >= 0
+
+
+def test_the_shapes_reward_scores_what_a_model_draws(replica):
+    prompt = Prompt("a small red circle on a white background", "t", 0)
+    (reward,) = evaluate(replica, RATIOS, [prompt], load_reward("shapes")).rewards
+    assert 0 <= reward <= 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_is_an_error_and_no_score(replica, value):
+    with pytest.raises(RewardError, match=r"^reward brightness of 'a dog' is .*: not a score"):
+        evaluate(replica, RATIOS, PROMPTS, Fixed(0.5, value, 0.5))
+
+
+@pytest.mark.parametrize("num", [0, 2, 4])
+def test_a_reward_for_another_number_of_pictures_is_an_error(replica, num):
+    with pytest.raises(ValueError, match=r"zip\(\) argument 2"):
+        evaluate(replica, RATIOS, PROMPTS, Fixed(*[0.5] * num))
+
+
+def test_a_broken_picture_is_an_error_and_no_score(replica):
+    handle = replica.pipe.vae.decoder.register_forward_hook(
+        lambda _, __, images: torch.full_like(images, math.nan)
+    )
+    with pytest.raises(RenderError, match="3 of 3 pictures are NaN"):
+        evaluate(replica, RATIOS, PROMPTS, Brightness())
+    handle.remove()
+
+
+def test_an_unknown_reward_is_refused():
+    with pytest.raises(RewardError, match="reward 'beauty' is unknown: choose one of"):
+        load_reward("beauty")

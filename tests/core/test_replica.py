@@ -1,0 +1,292 @@
+"""A replica: what a picture depends on, what is cached, and what is refused."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from crdiff_core.errors import ModelError, RenderError
+from crdiff_core.models import Model
+from crdiff_core.prompts import Prompt
+from crdiff_core.ratios import GROUPS, BlockRatios, Resolution
+from crdiff_core.replica import Replica, choose_device
+from tests.core.conftest import CPU
+
+# Diffusers' scheduler calls np.array on a tensor, which torch has not yet adapted to numpy 2.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
+CAT, DOG, FOX = Prompt("a cat", "t0", 11), Prompt("a dog", "t1", 12), Prompt("a fox", "t2", 13)
+RATIOS = BlockRatios(0.4, 0.6, 0.5)
+
+
+def load(
+    folder: Path, resolution: str = "16x24", dtype: str = "float32", **changes: Any
+) -> Replica:
+    settings = {"num_steps": 2, "guidance_scale": 3.0, "poa_weight": 1.5, "device": CPU, **changes}
+    return Replica(Model("small", str(folder), dtype), Resolution.parse(resolution), **settings)
+
+
+@pytest.fixture
+def replica(folder: Path) -> Replica:
+    """A replica of each kind of pipeline in turn."""
+    return load(folder)
+
+
+@pytest.fixture
+def sd_replica(sd_folder: Path) -> Replica:
+    return load(sd_folder)
+
+
+@contextmanager
+def first_samples(replica: Replica) -> Iterator[list[Tensor]]:
+    """What each rendering gives the UNet at its first step, without its copy for guidance."""
+    samples: list[Tensor] = []
+    steps = 0
+
+    def record(_: Any, args: tuple[Tensor, ...]) -> None:
+        nonlocal steps
+        if steps % replica.num_steps == 0:
+            samples.append(args[0].chunk(2)[0])
+        steps += 1
+
+    handle = replica.denoiser.register_forward_pre_hook(record)
+    yield samples
+    handle.remove()
+
+
+# Pictures
+
+
+def test_pictures_have_the_size_asked_for_and_lie_in_the_unit_range(replica):
+    images = replica.render([CAT, DOG])
+    assert images.shape == (2, 3, 16, 24)
+    assert images.dtype == torch.float32
+    assert 0 <= images.min() < images.max() <= 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_pictures_of_a_half_precision_model_are_float32(sd_folder, dtype):
+    images = load(sd_folder, dtype=dtype).render([CAT])
+    assert images.dtype == torch.float32
+
+
+def test_pictures_are_those_that_the_pipeline_itself_draws(replica):
+    replica.set_ratios(RATIOS)
+    noise = torch.stack(
+        [
+            torch.randn(4, 8, 12, generator=torch.Generator().manual_seed(prompt.seed))
+            for prompt in (CAT, DOG)
+        ]
+    )
+    with torch.no_grad():
+        expected = replica.pipe(
+            [CAT.text, DOG.text],
+            latents=noise,
+            height=16,
+            width=24,
+            num_inference_steps=2,
+            guidance_scale=3.0,
+            output_type="pt",
+        ).images
+    torch.testing.assert_close(replica.render([CAT, DOG]), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("resolution", ["24x40", "8x8", "40x24"])
+def test_latents_that_do_not_halve_evenly_are_drawn(deep_vae_folder, resolution):
+    size = Resolution.parse(resolution)
+    replica = load(deep_vae_folder, resolution)
+    replica.set_ratios(RATIOS)
+    assert replica.render([CAT]).shape == (1, 3, size.height, size.width)
+
+
+def test_a_picture_does_not_change_when_it_is_drawn_again(replica):
+    replica.set_ratios(RATIOS)
+    first = replica.render([CAT, DOG])
+    assert torch.equal(replica.render([CAT, DOG]), first)
+
+
+def test_a_picture_does_not_depend_on_the_ratios_tried_before(replica):
+    replica.set_ratios(RATIOS)
+    first = replica.render([CAT])
+    replica.set_ratios(BlockRatios(0.9, 0.0, 0.1))
+    assert not torch.equal(replica.render([CAT]), first)
+    replica.set_ratios(RATIOS)
+    assert torch.equal(replica.render([CAT]), first)
+
+
+def test_a_new_replica_draws_dense(replica):
+    first = replica.render([CAT])
+    replica.set_ratios(BlockRatios())
+    assert torch.equal(replica.render([CAT]), first)
+
+
+def test_drawing_without_guidance_needs_no_negative_embedding(folder):
+    replica = load(folder, guidance_scale=1.0)
+    assert replica.render([CAT, DOG]).shape[0] == 2
+
+
+def test_the_poa_weight_is_the_replicas(sd_folder):
+    replica = load(sd_folder, poa_weight=1.0)
+    replica.set_ratios(RATIOS)
+    assert replica.denoiser.poa_weight == 1
+
+
+def test_sparsity_is_measured_for_each_group(sd_replica):
+    sd_replica.set_ratios(RATIOS)
+    sparsity = sd_replica.sparsity()
+    assert sparsity == pytest.approx({group: RATIOS[group] for group in GROUPS}, abs=1e-3)
+
+
+# Noise and batches
+
+
+def test_a_prompts_noise_does_not_depend_on_its_batch(replica):
+    with first_samples(replica) as samples:
+        replica.render([CAT, DOG, FOX])
+        replica.render([DOG])
+    together, alone = samples
+    assert torch.equal(together[1:2], alone)
+
+
+def test_a_prompts_picture_does_not_depend_on_its_batch(replica):
+    replica.set_ratios(RATIOS)
+    together = replica.render([CAT, DOG, FOX])
+    torch.testing.assert_close(replica.render([DOG]), together[1:2], atol=1e-4, rtol=0)
+
+
+def test_a_prompts_noise_is_that_of_its_seed(sd_replica):
+    with first_samples(sd_replica) as samples:
+        sd_replica.render([CAT, Prompt("another", "t9", CAT.seed)])
+    expected = torch.randn(4, 8, 12, generator=torch.Generator().manual_seed(CAT.seed))
+    assert torch.equal(samples[0], torch.stack([expected, expected]))
+
+
+def test_a_prompts_noise_is_the_same_in_every_dtype(sd_replica, sd_folder):
+    half = load(sd_folder, dtype="bfloat16")
+    with first_samples(sd_replica) as full_samples, first_samples(half) as half_samples:
+        sd_replica.render([CAT])
+        half.render([CAT])
+    assert torch.equal(full_samples[0].bfloat16(), half_samples[0])
+
+
+# Caches
+
+
+def test_each_text_is_encoded_once(replica):
+    calls = []
+    replica.pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    replica.render([CAT])
+    num_for_one = len(calls)
+    replica.render([CAT, CAT])
+    assert len(calls) == num_for_one
+
+
+def test_a_prompt_of_its_own_text_is_encoded_by_itself(sd_replica):
+    sizes = []
+    sd_replica.pipe.text_encoder.register_forward_pre_hook(
+        lambda _, args: sizes.append(len(args[0]))
+    )
+    sd_replica.render([CAT, DOG])
+    assert set(sizes) == {1}
+
+
+def test_close_frees_the_model_and_the_buffers(replica):
+    replica.render([CAT])
+    denoiser = replica.denoiser
+    held = [
+        weakref.ref(each)
+        for each in (denoiser.dense, denoiser.pruned, denoiser.replica.groups["up"].dense)
+    ]
+    del denoiser
+    replica.close()
+    gc.collect()
+    assert [each() for each in held] == [None] * 3
+
+
+# Broken pictures
+
+
+def spoil(replica: Replica, change: Callable[[Tensor], object]) -> None:
+    """Change in place what the VAE draws, on a scale of -1 to 1."""
+
+    def hook(_: Any, __: Any, images: Tensor) -> None:
+        change(images)
+
+    replica.pipe.vae.decoder.register_forward_hook(hook)
+
+
+def test_nan_pictures_are_refused(replica):
+    spoil(replica, lambda images: images.fill_(math.nan))
+    with pytest.raises(RenderError, match=r"^2 of 2 pictures are NaN or of one colour"):
+        replica.render([CAT, DOG])
+
+
+def test_black_pictures_are_refused(sd_replica):
+    spoil(sd_replica, lambda images: images.fill_(-1))
+    with pytest.raises(RenderError, match="are NaN or of one colour"):
+        sd_replica.render([CAT])
+
+
+def test_the_broken_picture_is_named_with_its_ratios(sd_replica):
+    def blank_second(images: Tensor) -> None:
+        images[1] = 0
+
+    spoil(sd_replica, blank_second)
+    sd_replica.set_ratios(RATIOS)
+    with pytest.raises(RenderError) as caught:
+        sd_replica.render([CAT, DOG])
+    assert str(caught.value) == (
+        "1 of 2 pictures are NaN or of one colour, the first for 'a dog' at ratios "
+        "0.400 / 0.600 / 0.500: try model.dtype=float32"
+    )
+
+
+def test_one_nan_pixel_is_enough(sd_replica):
+    def spoil_one(images: Tensor) -> None:
+        images[0, 0, 0, 0] = math.nan
+
+    spoil(sd_replica, spoil_one)
+    with pytest.raises(RenderError):
+        sd_replica.render([CAT])
+
+
+# What is refused before anything is loaded
+
+
+def test_a_resolution_that_cannot_be_drawn_is_refused_before_loading(sd_folder, monkeypatch):
+    monkeypatch.setattr(Model, "load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ModelError, match="resolution 16x20 is not divisible by 8"):
+        load(sd_folder, "16x20")
+
+
+# Devices
+
+
+@pytest.mark.parametrize(("available", "chosen"), [(True, "cuda"), (False, "cpu")])
+def test_auto_is_the_gpu_if_there_is_one(monkeypatch, available, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert choose_device("auto") == torch.device(chosen)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelError, match=r"device cuda is not there: set cluster.device"):
+        choose_device("cuda:1")
+
+
+def test_an_unknown_device_is_refused_in_one_line():
+    with pytest.raises(
+        ModelError, match=r"^device 'tpu9000x' is unknown: set cluster.device=auto"
+    ):
+        choose_device("tpu9000x")

@@ -1,0 +1,53 @@
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SMALL = (
+    "searcher.max_evaluations=4",
+    "prompts.search=8",
+    "prompts.rerank=4",
+    "prompts.validation=8",
+)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A search that has run: its command, its folder and what it printed."""
+
+    command: tuple[str, ...]
+    output: Path
+    printed: str
+    environment: dict[str, str]
+
+    @property
+    def folder(self) -> Path:
+        return self.output / "shapes_24x40" / "annealing-seed0"
+
+
+@pytest.fixture(scope="session")
+def environment(ray_tmpdir):
+    """A child process's environment: Ray in a folder of ours, any warning of ours an error."""
+    ours = "crdiff_core", "search"
+    warnings = ",".join(f"error:::{name}" for name in ours)
+    return {**os.environ, "RAY_TMPDIR": ray_tmpdir, "PYTHONWARNINGS": warnings}
+
+
+def search(output, environment, *arguments):
+    """Run `python -m search.run` from another folder."""
+    command = (sys.executable, "-m", "search.run", *SMALL, f"output={output}", *arguments)
+    return command, subprocess.run(
+        command, cwd="/", env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, environment):
+    """One real search of the embedded model, small."""
+    output = tmp_path_factory.mktemp("runs of ours")  # A path with spaces.
+    command, done = search(output, environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Finished(command, output, done.stdout, environment)

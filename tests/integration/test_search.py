@@ -1,0 +1,237 @@
+"""The whole path on the embedded model: real Ray, real MLflow, real pictures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow import MlflowClient
+
+import crdiff_core
+from crdiff_core.models import Model
+from search.export import load_plan
+from tests.integration.conftest import search
+
+ROOT = Path(__file__).parents[2]
+
+
+def drawn(printed):
+    """The number of pictures that a run says it drew."""
+    line = next(line for line in printed.splitlines() if line.startswith("pictures"))
+    return 0 if "nothing was drawn" in line else int(line.split()[1])
+
+
+def test_it_prints_verdict_ratios_and_how_to_go_on(finished):
+    lines = {line.split("  ")[0] for line in finished.printed.splitlines()}
+
+    assert {"against dense", "best ratios", "search prompts", "ratios file", "dashboard"} <= lines
+    # Dense and four triples on 8 prompts, the best three on 4, winner and dense on 8.
+    assert drawn(finished.printed) == 5 * 8 + 3 * 4 + 2 * 8
+
+
+def test_without_a_terminal_progress_is_plain_lines(finished):
+    assert "10/10 evaluations, best " in finished.printed
+    assert "\x1b" not in finished.printed
+    assert "\r" not in finished.printed
+
+
+def test_the_same_command_draws_nothing_and_answers_the_same(finished):
+    before = (finished.folder / "best_ratios.json").read_bytes()
+    again = subprocess.run(
+        finished.command,
+        cwd="/",
+        env=finished.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert drawn(again.stdout) == 0
+    assert (finished.folder / "best_ratios.json").read_bytes() == before
+    summary = [line for line in finished.printed.splitlines() if line.startswith("against dense")]
+    assert summary == [
+        line for line in again.stdout.splitlines() if line.startswith("against dense")
+    ]
+
+
+def test_the_exported_file_has_the_references_keys_and_ours(finished):
+    exported = json.loads((finished.folder / "best_ratios.json").read_text())
+
+    assert exported["model_config"] == {"name": "shapes", "width": 40, "height": 24}
+    assert set(exported["best_global_params_ratio"]) == {"down_ratio", "up_ratio", "mid_ratio"}
+    assert set(exported) == {
+        "model_config",
+        "best_avg_score",
+        "best_global_params_ratio",
+        "pruning_method",
+        "poa_weight",
+        "provenance",
+    }
+    provenance = exported["provenance"]
+    assert provenance["validation"]["num_prompts"] == 8
+    assert provenance["num_evaluations"] == 4
+    assert provenance["versions"]["torch"] == torch.__version__
+
+
+def test_the_exported_file_works_in_diffusers_code(finished):
+    pipe = Model("shapes").load(torch.device("cpu"))
+    crdiff_core.apply(pipe, finished.folder / "best_ratios.json")
+    image = pipe(
+        "a big red circle on a white background", height=24, width=40, num_inference_steps=2
+    ).images[0]
+
+    assert image.size == (40, 24)
+
+
+def test_export_writes_the_same_file_from_the_ledger(finished):
+    path = finished.folder / "best_ratios.json"
+    before = path.read_bytes()
+    path.unlink()
+    subprocess.run(
+        [sys.executable, "-m", "search.export", finished.folder],
+        cwd="/",
+        check=True,
+        env=finished.environment,
+    )
+
+    assert path.read_bytes() == before
+
+
+def test_the_ledger_has_every_reward_once(finished):
+    rows = pq.read_table(finished.folder.parent / "ledger").to_pylist()
+    keys = {(row["key"], row["prompt"], row["seed"]) for row in rows}
+
+    assert len(rows) == len(keys) == drawn(finished.printed)
+    assert all(0 <= row["reward"] <= 1 for row in rows)
+
+
+def test_rewards_do_not_depend_on_who_draws_them(finished):
+    from crdiff_core.evaluation import evaluate
+    from crdiff_core.replica import Replica
+    from crdiff_core.rewards import load_reward
+
+    plan = load_plan(finished.folder)
+    plan.search.replay()
+    winner = plan.search.winner
+    replica = Replica(
+        plan.model,
+        plan.config.res,
+        num_steps=plan.recipe.num_steps,
+        guidance_scale=plan.recipe.guidance_scale,
+        poa_weight=plan.recipe.poa_weight,
+        device=torch.device("cpu"),
+    )
+    reward = load_reward("shapes")
+    batches = winner.prompts.batches(plan.batch_size)
+    rewards = [
+        value
+        for batch in batches
+        for value in evaluate(replica, winner.ratios, batch, reward).rewards
+    ]
+
+    assert rewards == pytest.approx(list(winner.rewards), abs=1e-6)
+
+
+def test_mlflow_has_a_parent_run_and_a_child_for_each_evaluation(finished):
+    client = MlflowClient(f"sqlite:///{finished.output / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("crdiff-search")
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "crdiff.run" in run.data.tags]
+
+    assert len(parents) == 1
+    assert len(runs) == 1 + 10
+    assert {"best_reward", "reward", "temperature", "dense_reward"} <= set(parents[0].data.metrics)
+
+
+def test_another_searcher_of_the_cell_shares_the_ledger(finished):
+    _, done = search(finished.output, finished.environment, "searcher=random", "tracking=none")
+
+    # The dense model is known already, on search and validation prompts.
+    assert done.returncode == 0, done.stderr
+    assert drawn(done.stdout) <= 4 * 8 + 3 * 4 + 8
+
+
+def test_other_settings_keep_the_earlier_results(tmp_path, environment):
+    small = (
+        "tracking=none",
+        "searcher.max_evaluations=1",
+        "prompts.search=2",
+        "prompts.rerank=2",
+        "prompts.validation=2",
+    )
+    search(tmp_path, environment, *small)
+    folder = tmp_path / "shapes_24x40" / "annealing-seed0"
+    before = (folder / "best_ratios.json").read_bytes()
+    search(tmp_path, environment, *small, "prompts.validation=3")
+
+    assert [file.read_bytes() for file in folder.glob("earlier/*/best_ratios.json")] == [before]
+
+
+def test_ctrl_c_keeps_everything_and_says_how_to_go_on(tmp_path, environment, finished):
+    command = [str(part) for part in finished.command if not part.startswith("output=")]
+    command.append(f"output={tmp_path}")
+    process = subprocess.Popen(
+        command,
+        cwd="/",
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    ledger = tmp_path / "shapes_24x40" / "ledger"
+    deadline = time.monotonic() + 120
+    while len(list(ledger.glob("*.parquet"))) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    known = pq.read_table(ledger).num_rows
+
+    assert process.returncode == 130
+    assert "nothing measured is lost. To go on: python -m search.run" in errors
+    assert "Traceback" not in errors
+
+    _, done = search(tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    assert known + drawn(done.stdout) == drawn(finished.printed)
+    assert (tmp_path / "shapes_24x40/annealing-seed0/best_ratios.json").read_bytes() == (
+        finished.folder / "best_ratios.json"
+    ).read_bytes()
+
+
+def test_a_wheel_works_from_any_folder(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    site = tmp_path / "site"
+    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(site)
+    found = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from search.run import CONF, main; print(CONF); main()",
+            "prompts.search=100000",
+            f"output={tmp_path}",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    # It composed its own conf, found its own weights, and only then refused.
+    assert found.stdout.strip() == str(site / "search" / "conf")
+    assert "distinct prompts and 100000 search" in found.stderr
