@@ -17,6 +17,7 @@ from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import GROUPS, BlockRatios, Resolution
 from crdiff_core.replica import Replica
 from crdiff_core.rewards import load_reward
+from crdiff_core.shapes.grammar import captions
 from tests.core.conftest import CPU
 
 # Diffusers' scheduler calls np.array on a tensor, which torch has not yet adapted to numpy 2.
@@ -99,7 +100,7 @@ def test_each_stage_is_timed(replica):
 
 
 def test_the_shapes_reward_scores_what_a_model_draws(replica):
-    prompt = Prompt("a small red circle on a white background", "t", 0)
+    prompt = Prompt(captions(1, seed=0)[0], "t", 0)
     (reward,) = evaluate(replica, RATIOS, [prompt], load_reward("shapes")).rewards
     assert 0 <= reward <= 1
 
