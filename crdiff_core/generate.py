@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -126,7 +126,7 @@ def _picture(image: Tensor) -> Image.Image:
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
-def _wrap(text: str, fits: Any) -> list[str]:
+def _wrap(text: str, fits: Callable[[str], bool]) -> list[str]:
     """Break a text between words into lines that fit, one word at least in each."""
     lines: list[str] = []
     for word in text.split():
@@ -203,6 +203,7 @@ def _drawing(options: argparse.Namespace) -> Drawing:
             raise _UsageError(f"{name} {value}: give at least {least}")
     model = _model(options.model, dtype)
     model.check_resolution(resolution)
+    _check_made_for(file, model)
     return Drawing(
         model,
         ratios,
@@ -234,6 +235,18 @@ def _recipe(options: argparse.Namespace, file: RatiosFile | None) -> tuple[int, 
         ) from error
 
 
+def _check_made_for(file: RatiosFile | None, model: Model) -> None:
+    # `apply` says so too, but only once the model is loaded.
+    searched = file.provenance.get("num_prunable") if file else None
+    if searched is not None and searched != model.num_prunable():
+        assert file is not None
+        raise RatiosError(
+            f"these ratios are of {file.model}, whose groups have {searched} prunable weights, "
+            f"and those of {model.folder} have {model.num_prunable()}: search this model, or give "
+            "the ratios by --down, --mid and --up"
+        )
+
+
 def _model(name: str, dtype: str) -> Model:
     if name in EMBEDDED:
         return Model(name, dtype=dtype)
@@ -256,6 +269,11 @@ def _check_writable(out: Path) -> None:
         raise _UsageError(f"--out {out}: not the name of a picture: end it with .png")
     if not os.access(out.parent, os.W_OK):
         raise _UsageError(f"--out {out}: {out.parent} is not a folder you may write to")
+
+
+def _say(message: Warning | str, *_: Any) -> None:
+    """Show a warning in one line, without the code that gave it."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

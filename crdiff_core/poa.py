@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
@@ -136,6 +137,8 @@ def apply(
         poa_weight = file.poa_weight if poa_weight is None else poa_weight
     if poa_weight is None:
         poa_weight = DEFAULT_POA_WEIGHT
+    if not math.isfinite(poa_weight):
+        raise RatiosError(f"poa_weight {poa_weight} is not a finite number: the paper's is 1.5")
     if isinstance(unet, POADenoiser):
         unet.configure(ratios, poa_weight)
     else:

@@ -5,13 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import secrets
-import socket
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,9 +13,10 @@ from typing import Any
 
 from crdiff_core.errors import CRDiffError
 from crdiff_core.ratios import GROUPS
+from search.cluster import connect
 from search.config import Config, ConfigError
 from search.evaluations import Comparison, Evaluation
-from search.export import HISTORY_FILE, RATIOS_FILE, validated, write_history, write_results
+from search.export import HISTORY_FILE, RATIOS_FILE, validated, write_history, write_ratios
 from search.plan import RUN_FILE, Plan
 from search.progress import Progress
 from search.searchers import AnnealingSearch
@@ -71,16 +66,16 @@ def run(config: Config, command: str, progress: Progress) -> Outcome:
         if not search.replay():
             progress.begin(search)
             _fit(plan)
+        write_history(plan)
         if search.failure is not None:
             status = "FAILED"
             raise SearchFailedError(search.failure)
         if not search.finished:
             raise KeyboardInterrupt
-        ratios_file = write_results(plan)
+        ratios_file = write_ratios(plan)
         status = "FINISHED"
     finally:
         progress.close()
-        write_history(plan)
         if tracker is not None:
             _finish_tracking(plan, tracker, status)
     winner, dense = search.winner, search.of("dense")
@@ -125,7 +120,7 @@ def _fit(plan: Plan) -> None:
     """Hand the evaluations' prompt batches to Ray Tune until there are no more, or Ctrl-C."""
     from ray import tune
 
-    with _cluster(plan.config) as resources, tempfile.TemporaryDirectory() as scratch:
+    with connect(plan.config.cluster) as resources, tempfile.TemporaryDirectory() as scratch:
         settings = plan.config.cluster
         on_gpu = "gpu" in resources
         setup = TrialSetup(
@@ -157,121 +152,6 @@ def _fit(plan: Plan) -> None:
                 verbose=0,
             ),
         ).fit()
-
-
-@contextmanager
-def _cluster(config: Config) -> Iterator[dict[str, float]]:
-    """Join or start the Ray cluster; yield what one trial takes of it."""
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    settings = config.cluster
-    with ExitStack() as stack:
-        if settings.address == "local":
-            stack.enter_context(_private_token())
-        else:
-            _check_reachable(settings.address)
-        try:
-            ray.init(
-                address=settings.address,
-                include_dashboard=False if settings.address == "local" else None,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
-        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            raise _no_cluster(settings.address, error) from error
-        stack.callback(ray.shutdown)
-        gpus = ray.cluster_resources().get("GPU", 0)
-        if settings.device == "cuda" and not gpus:
-            raise ConfigError("the cluster has no GPU: set cluster.device=auto or cpu")
-        resources = {"cpu": float(settings.cpus_per_trial)}
-        if gpus and settings.device != "cpu":
-            resources["gpu"] = settings.gpus_per_trial
-        yield resources
-
-
-def _no_cluster(address: str, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())[:300]
-    if address == "local":
-        return ConfigError(f"Ray does not start: {reason}: see /tmp/ray/session_latest/logs")
-    return ConfigError(
-        f"no Ray cluster at cluster.address={address}: {reason}: start one, or use cluster=local"
-    )
-
-
-def _check_reachable(address: str) -> None:
-    """Raise ConfigError at once for what ray.init would report after half a minute of log lines.
-
-    Ray itself aborts the process if a token is asked for and there is none.
-    """
-    from ray._private.authentication.authentication_token_setup import (
-        ensure_token_if_auth_enabled,
-        maybe_enable_token_auth_if_token_available,
-    )
-    from ray._private.services import canonicalize_bootstrap_address
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-    from ray.exceptions import AuthenticationError, RayError
-
-    try:
-        head = canonicalize_bootstrap_address(address)
-        host, _, port = head.rpartition(":")
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        if address == "auto":
-            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-        ensure_token_if_auth_enabled(create_token_if_missing=False)
-        with _silent_stderr():
-            GcsClient(address=head)
-    except AuthenticationError as error:
-        raise ConfigError(
-            f"cluster.address={address}: the Ray token is missing or not this cluster's: set "
-            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
-        ) from error
-    except (OSError, ValueError, RuntimeError, RayError) as error:
-        raise _no_cluster(address, error) from error
-
-
-@contextmanager
-def _private_token() -> Iterator[None]:
-    """Close a cluster of our own to everyone else: Ray listens on every network interface.
-
-    Whoever sets RAY_AUTH_MODE decides for themselves.
-    """
-    if os.environ.get("RAY_AUTH_MODE"):
-        yield
-        return
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-
-    def use(variables: dict[str, str]) -> None:
-        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-            os.environ.pop(name, None)
-        os.environ.update(variables)
-        # Ray has read both when it was imported.
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
-
-    earlier = os.environ.get("RAY_AUTH_TOKEN")
-    use({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
-    try:
-        yield
-    finally:
-        use({"RAY_AUTH_TOKEN": earlier} if earlier else {})
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Discard what Ray's C++ side writes; it heeds neither logging nor RAY_BACKEND_LOG_LEVEL."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 # --- what the driver tells others --------------------------------------------------------------

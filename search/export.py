@@ -33,8 +33,8 @@ def validated(plan: Plan) -> Comparison | None:
     return compare(winner.rewards, dense.rewards)
 
 
-def write_results(plan: Plan) -> Path:
-    """Write best_ratios.json and history.parquet of a finished search; return the former."""
+def write_ratios(plan: Plan) -> Path:
+    """Write best_ratios.json of a finished search; return its path. Raises ConfigError."""
     winner = plan.search.winner
     if winner is None:
         raise ConfigError(
@@ -49,7 +49,6 @@ def write_results(plan: Plan) -> Path:
         poa_weight=plan.config.poa_weight,
         provenance=_provenance(plan, winner),
     ).write(path)
-    write_history(plan)
     return path
 
 
@@ -100,7 +99,9 @@ def write_history(plan: Plan) -> None:
         }
         for e in plan.search.evaluations
     ]
-    pq.write_table(pa.Table.from_pylist(rows), plan.folder / HISTORY_FILE)
+    draft = plan.folder / f".{HISTORY_FILE}"
+    pq.write_table(pa.Table.from_pylist(rows), draft)
+    draft.replace(plan.folder / HISTORY_FILE)
 
 
 def load_plan(folder: Path) -> Plan:
@@ -124,7 +125,8 @@ def main() -> int:
     try:
         plan = load_plan(parser.parse_args().run)
         plan.search.replay()
-        print(write_results(plan))
+        write_history(plan)
+        print(write_ratios(plan))
     except CRDiffError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

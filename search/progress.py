@@ -35,7 +35,9 @@ class Progress:
                 TimeRemainingColumn(),
                 console=self.console,
             )
-            self._task = self._live.add_task("", completed=self._num_replayed)
+            self._task = self._live.add_task(
+                "", completed=self._num_replayed, total=search.num_expected
+            )
             self._live.start()
         self._show(search, force=True)
 

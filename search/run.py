@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from crdiff_core.errors import CRDiffError
+from search.cluster import prepare_environment
 from search.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def main() -> int:
     logging.captureWarnings(True)
     try:
         config = _compose()
+        prepare_environment(config.cluster)
         # Ray, MLflow and Optuna take seconds to import: not for --help or a misspelt key.
         from search.driver import run
         from search.progress import Progress

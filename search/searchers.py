@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
@@ -112,10 +111,11 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
 def random_search(space: Space, seed: int, metric: str = "reward") -> Searcher:
     """Return Optuna's random sampler as a searcher that maximises; it never finishes by itself."""
     import optuna
+    from optuna.distributions import FloatDistribution
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return OptunaSearch(
-        {name: tune.uniform(low, high) for name, (low, high) in space.items()},
+        {name: FloatDistribution(low, high) for name, (low, high) in space.items()},
         metric=metric,
         mode="max",
         sampler=optuna.samplers.RandomSampler(seed=seed),

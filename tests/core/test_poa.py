@@ -412,3 +412,10 @@ def test_saving_while_applied_does_not_spoil_saving_after_remove(sd_pipe, tmp_pa
     shutil.rmtree(tmp_path / "applied")
     crdiff_core.remove(sd_pipe).save_pretrained(tmp_path / "saved")
     assert Model("small", str(tmp_path / "saved")).load(CPU).unet is not None
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_poa_weight_that_is_no_number_is_refused(sd_pipe, weight):
+    with pytest.raises(RatiosError, match="is not a finite number"):
+        crdiff_core.apply(sd_pipe, RATIOS, poa_weight=weight)
+    assert not isinstance(sd_pipe.unet, POADenoiser)
