@@ -48,8 +48,8 @@ class ShapesReward:
     """Share of what the caption says that the picture shows, in [0, 1].
 
     Parts: the background's colour .15; each thing present in its colour .25; in its shape .20; the
-    size of one thing or the relation of two .20; nothing else in the picture .20 (as far as the
-    things are present, so that a blank picture earns nothing for it).
+    size and place of one thing, or the relation of two, .20; nothing else in the picture .20 (as
+    far as the things are present, so that a blank picture earns nothing for it).
     """
 
     name = "shapes"
@@ -241,17 +241,21 @@ def _score(scene: Scene, found: list[Found], classes: NDArray[np.int64]) -> floa
 
 
 def _layout(scene: Scene, matched: Sequence[Found | None]) -> float:
-    """Credit for the size of one thing, or for the relation of two."""
-    if scene.size:
+    """Credit for size and place of one thing (half each), or for the relation of two."""
+    if scene.place:
         if (got := matched[0]) is None:
             return 0.0
         radius = float(np.sqrt(got.area / AREAS[scene.things[0].shape]))
-        return _ramp(radius, 0.25, 0.19) if scene.size == "small" else _ramp(radius, 0.15, 0.22)
+        low, high = (0.22, 0.18) if scene.size == "small" else (0.15, 0.19)
+        away = max(
+            abs(at - (0.28, 0.5, 0.72)[third])
+            for at, third in zip((got.x, got.y), grammar.PLACES[scene.place], strict=True)
+        )
+        return 0.5 * _ramp(radius, low, high) + 0.5 * _ramp(away, 0.18, 0.1)
     first, second = matched
     if first is None or second is None:
         return 0.0
-    across, down = second.x - first.x, second.y - first.y
-    along, aside = (across, down) if scene.relation in ("left of", "right of") else (down, across)
-    if scene.relation in ("right of", "below"):
-        along = -along
-    return _ramp(along, 0.0, 0.2) * (1.0 if along >= abs(aside) else 0.5)
+    along, aside = abs(second.x - first.x), abs(second.y - first.y)
+    if scene.relation == "stacked":
+        along, aside = aside, along
+    return _ramp(along - aside, 0.0, 0.2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -30,22 +29,29 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = ("small", "big")
-# Where the first and the second of two things are.
-RELATIONS = {
-    "left of": ("on the left", "on the right"),
-    "right of": ("on the right", "on the left"),
-    "above": ("at the top", "at the bottom"),
-    "below": ("at the bottom", "at the top"),
+PLURALS = {shape: f"{shape}es" if shape == "cross" else f"{shape}s" for shape in SHAPES}
+# Where one thing is: words, and the thirds of the frame they mean (x, y; 0 is left or top).
+PLACES = {
+    "in the top left": (0, 0),
+    "at the top": (1, 0),
+    "in the top right": (2, 0),
+    "on the left": (0, 1),
+    "in the middle": (1, 1),
+    "on the right": (2, 1),
+    "in the bottom left": (0, 2),
+    "at the bottom": (1, 2),
+    "in the bottom right": (2, 2),
 }
+RELATIONS = ("side by side", "stacked")
 
-HELD_OUT = 0.2
-"""Share of the captions that training never sees."""
+HELD_OUT = 0.6
+"""Share of the captions that training never sees; each of their words it does."""
 
 # Radius as a fraction of the frame's shorter side. Pairs use `None`.
 RADII: dict[str | None, tuple[float, float]] = {
     "small": (0.12, 0.15),
-    "big": (0.27, 0.33),
-    None: (0.15, 0.175),
+    "big": (0.23, 0.26),
+    None: (0.165, 0.19),
 }
 # Area of a shape of radius 1.
 AREAS = {"circle": np.pi, "square": 4 * 0.9**2, "triangle": 2.4, "cross": 8 * 0.37 - 4 * 0.37**2}
@@ -61,26 +67,25 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption means: one sized thing, or two things in a relation.
+    """What a caption means: one thing of a size in a place, or two of a kind in a relation.
 
-    Exactly one of `size` (one thing) and `relation` (two things; the first is, say, left of the
-    second) is set.
+    things: one, with `size` and `place`, or two, with `relation`; what is not said is None.
     """
 
     things: tuple[Thing, ...]
     background: str
     size: str | None = None
+    place: str | None = None
     relation: str | None = None
 
     @property
     def caption(self) -> str:
         """The scene in words; `parse` is the inverse."""
-        names = [f"{thing.colour} {thing.shape}" for thing in self.things]
+        thing = self.things[0]
         ground = f"on a {self.background} background"
-        if self.relation is None:
-            return f"a {self.size} {names[0]} in the middle {ground}"
-        first, second = RELATIONS[self.relation]
-        return f"a {names[0]} {first} and a {names[1]} {second} {ground}"
+        if self.relation:
+            return f"two {thing.colour} {PLURALS[thing.shape]} {self.relation} {ground}"
+        return f"a {self.size} {thing.colour} {thing.shape} {self.place} {ground}"
 
 
 @dataclass(frozen=True)
@@ -96,13 +101,19 @@ class Placement:
     radius: tuple[float, ...]
 
 
-_THING = rf"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-_GROUND = rf"on a ({'|'.join(BACKGROUNDS)}) background"
-_ONE = re.compile(
-    rf"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) in the middle {_GROUND}"
-)
-_WHERE = r"((?:on|at) the (?:left|right|top|bottom))"
-_TWO = re.compile(rf"{_THING} {_WHERE} and {_THING} {_WHERE} {_GROUND}")
+@cache
+def _scenes_by_caption() -> dict[str, Scene]:
+    things = [Thing(*pair) for pair in itertools.product(COLOURS, SHAPES)]
+    ones = itertools.product(things, BACKGROUNDS, SIZES, PLACES)
+    twos = itertools.product(things, BACKGROUNDS, RELATIONS)
+    scenes = [Scene((thing,), ground, size, place) for thing, ground, size, place in ones]
+    scenes += [Scene((thing, thing), ground, relation=how) for thing, ground, how in twos]
+    return {scene.caption: scene for scene in scenes}
+
+
+def scenes() -> tuple[Scene, ...]:
+    """Every scene of the grammar (1080 of one thing, 120 of two), in a fixed order."""
+    return tuple(_scenes_by_caption().values())
 
 
 def parse(caption: str) -> Scene:
@@ -110,32 +121,14 @@ def parse(caption: str) -> Scene:
 
     Raises PromptError if it is outside the grammar.
     """
-    if match := _ONE.fullmatch(caption):
-        size, colour, shape, background = match.groups()
-        return Scene((Thing(colour, shape),), background, size=size)
-    if match := _TWO.fullmatch(caption):
-        colour, shape, where, colour2, shape2, where2, background = match.groups()
-        things = (Thing(colour, shape), Thing(colour2, shape2))
-        for relation, places in RELATIONS.items():
-            if places == (where, where2) and things[0] != things[1]:
-                return Scene(things, background, relation=relation)
-    raise PromptError(
-        f"caption {caption!r} is outside the shapes grammar: write it like "
-        "'a big red circle in the middle on a white background' or 'a red circle on the left "
-        "and a blue square on the right on a grey background'"
-    )
-
-
-@cache
-def scenes() -> tuple[Scene, ...]:
-    """Every scene of the grammar (120 of one thing, 4560 of two), in a fixed order."""
-    things = [Thing(*pair) for pair in itertools.product(COLOURS, SHAPES)]
-    ones = itertools.product(things, BACKGROUNDS, SIZES)
-    twos = itertools.product(itertools.permutations(things, 2), BACKGROUNDS, RELATIONS)
-    return tuple(
-        [Scene((thing,), background, size=size) for thing, background, size in ones]
-        + [Scene(pair, background, relation=relation) for pair, background, relation in twos]
-    )
+    scene = _scenes_by_caption().get(caption)
+    if scene is None:
+        raise PromptError(
+            f"caption {caption!r} is outside the shapes grammar: write it like "
+            "'a small red circle in the top left on a white background' or 'two blue crosses side "
+            "by side on a grey background'"
+        )
+    return scene
 
 
 @cache
@@ -152,7 +145,7 @@ def scenes_of(held_out: bool) -> tuple[Scene, ...]:
 def captions(num: int, seed: int) -> list[str]:
     """Distinct captions the shipped model has never seen, in an order fixed by the seed.
 
-    A longer list with the same seed begins with the shorter one. One in forty is of one thing.
+    A longer list with the same seed begins with the shorter one. One in ten is of two things.
     Raises PromptError if the held-out part of the grammar has fewer than `num`.
     """
     pool = scenes_of(held_out=True)
@@ -168,15 +161,16 @@ def captions(num: int, seed: int) -> list[str]:
 def place(scene: Scene, rng: np.random.Generator) -> Placement:
     """Draw where the scene's things are; two things never touch on frames up to 1:2."""
     radius = tuple(float(rng.uniform(*RADII[scene.size])) for _ in scene.things)
-    if scene.size:
-        low = max(4 / 3 * radius[0] + 0.02, 0.4)  # 4/3: a triangle's top
-        x, y = rng.uniform(low, 1 - low, 2).tolist()
+    if scene.place:
+        # Middle thirds jitter; outer ones keep the whole thing inside (4/3: a triangle's top).
+        edge = max(4 / 3 * radius[0] + 0.02, 0.22)
+        near = {0: (edge, edge + 0.04), 1: (0.46, 0.54), 2: (0.96 - edge, 1 - edge)}
+        x, y = (float(rng.uniform(*near[third])) for third in PLACES[scene.place])
         return Placement((x,), (y,), radius)
-    along = (rng.uniform(0.25, 0.28), rng.uniform(0.73, 0.77))
-    if scene.relation in ("right of", "below"):
-        along = along[::-1]
-    across = tuple(rng.uniform(0.3, 0.7, 2).tolist())
-    if scene.relation in ("left of", "right of"):
+    along = (float(rng.uniform(0.24, 0.26)), float(rng.uniform(0.74, 0.76)))
+    middle = float(rng.uniform(0.4, 0.6))
+    across = (middle, middle + float(rng.uniform(-0.05, 0.05)))
+    if scene.relation == "side by side":
         return Placement(along, across, radius)
     return Placement(across, along, radius)
 
@@ -197,7 +191,8 @@ def distance(shape: str, x: Array, y: Array) -> Array:
         side = (np.float32(2) * x - np.float32(1.2) * (y + np.float32(4 / 3))) / np.float32(
             np.hypot(2, 1.2)
         )
-        return np.maximum(side, y - np.float32(2 / 3))
+        triangle: Array = np.maximum(side, y - np.float32(2 / 3))
+        return triangle
     y = np.abs(y)
     long, short = np.maximum(x, y), np.minimum(x, y)
     cross: Array = np.maximum(long - np.float32(1), short - np.float32(0.37))

@@ -95,7 +95,9 @@ def measure_landscape(
     triples = [
         BlockRatios(*rng.uniform(LOW, options.high, 3).round(3)) for _ in range(options.triples)
     ]
-    table = np.stack([here.rewards(triple, prompts) for triple in tqdm(triples, "triples")])
+    table = np.stack(
+        [here.rewards(triple, prompts) for triple in tqdm(triples, "triples", mininterval=10)]
+    )
     means = table.mean(1)
     errors = (table - dense).std(1, ddof=1) / np.sqrt(len(prompts))
     spread, error = float(means.std(ddof=1)), float(np.sqrt((errors**2).mean()))
@@ -181,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     began = time.perf_counter()
     wanted = {
-        "sizes": 2 * options.prompts,
+        "sizes": options.prompts,
         "landscape": options.prompts,
         "fresh": options.fresh_prompts,
         "samples": 8,

@@ -7,6 +7,7 @@ First the VAE, then UNet and text encoder together on its latents. Every random 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -36,8 +37,8 @@ from crdiff_core.shapes import grammar
 NATIVE = 32
 """Height and width of every picture the UNet is trained on."""
 
-NUM_TOKENS = 20
-"""Length every caption is padded to; the longest takes 19."""
+NUM_TOKENS = 16
+"""Length every caption is padded to; the longest takes 14."""
 
 # The VAE sees other sizes too, so that what breaks there is the denoising.
 VAE_SIZES = ((32, 32), (24, 40), (32, 32), (40, 24), (24, 24))
@@ -47,8 +48,11 @@ VAE_SIZES = ((32, 32), (24, 40), (32, 32), (40, 24), (24, 24))
 class Recipe:
     """Everything that decides the weights; the defaults made the shipped ones.
 
-    layers: transformer blocks in each block's attention, outer level first; `mid` has the last
-    of `down_layers`.
+    down_layers, up_layers: transformer blocks at each inner-level block; `mid` has as many as
+    `down_layers`. The outer level only convolves, so what text and attention do is done inside.
+    cycle, restart: steps of one cosine of the learning rate, and the next one's peak against its.
+    object_weight:  of the loss where an object is, against 1 for background.
+    noise_skew:     timesteps are drawn as 1000 u ** noise_skew: 1 is uniform, less is noisier.
     """
 
     seed: int = 0
@@ -57,16 +61,20 @@ class Recipe:
     vae_lr: float = 3e-3
     vae_channels: tuple[int, ...] = (16, 32, 32)
     kl_weight: float = 1e-5
-    pictures: int = 40960
-    steps: int = 4000
-    batch: int = 64
-    lr: float = 1.5e-3
-    warmup: int = 200
-    ema: float = 0.999
+    pictures: int = 32768
+    steps: int = 3400
+    cycle: int = 1700
+    restart: float = 0.75
+    batch: int = 48
+    lr: float = 2e-3
+    warmup: int = 150
+    ema: float = 0.995
+    object_weight: float = 5.0
+    noise_skew: float = 0.6
     caption_dropout: float = 0.1
-    channels: tuple[int, ...] = (48, 72)
-    down_layers: tuple[int, ...] = (1, 2)
-    up_layers: tuple[int, ...] = (1, 2)
+    channels: tuple[int, int] = (48, 80)
+    down_layers: int = 2
+    up_layers: int = 2
     heads: int = 4
     text_width: int = 64
     text_layers: int = 2
@@ -74,10 +82,9 @@ class Recipe:
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """A CLIP tokenizer with one token for each word of the grammar; its files go to `folder`."""
-    words = ["a", "on", "in", "the", "and", "at", "middle", "background", *grammar.SIZES, *grammar.COLOURS, *grammar.SHAPES]
-    words += [*grammar.BACKGROUNDS, *" ".join(map(" ".join, grammar.RELATIONS.values())).split()]
+    texts = " ".join(scene.caption for scene in grammar.scenes())
     # Longest first: "green" must be built before "red" makes a merge of its r and e.
-    words = sorted(set(words), key=lambda word: (-len(word), word))
+    words = sorted(set(texts.split()), key=lambda word: (-len(word), word))
     letters = sorted(set("".join(words)))
     vocab = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters)])
     merges: dict[tuple[str, str], None] = {}
@@ -120,18 +127,17 @@ def build_vae(recipe: Recipe) -> AutoencoderKL:
 
 def build_unet(recipe: Recipe) -> UNet2DConditionModel:
     """An untrained UNet."""
-    num = len(recipe.channels)
     return UNet2DConditionModel(
         sample_size=NATIVE // 4,
         in_channels=4,
         out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D",) * num,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         mid_block_type="UNetMidBlock2DCrossAttn",
-        up_block_types=("CrossAttnUpBlock2D",) * num,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=recipe.channels,
         layers_per_block=1,
-        transformer_layers_per_block=recipe.down_layers,
-        reverse_transformer_layers_per_block=recipe.up_layers[::-1],
+        transformer_layers_per_block=(1, recipe.down_layers),
+        reverse_transformer_layers_per_block=(recipe.up_layers, 1),
         cross_attention_dim=recipe.text_width,
         attention_head_dim=recipe.heads,
         norm_num_groups=8,
@@ -174,14 +180,14 @@ def generator(*key: int) -> torch.Generator:
 
 
 def scenes_for(seed: int, num: int) -> list[grammar.Scene]:
-    """Training scenes, one in ten of one thing (they are one in forty of the grammar)."""
+    """Training scenes, one in four of two things (they are one in ten of the grammar)."""
     rng = np.random.default_rng(seed)
     pool = grammar.scenes_of(held_out=False)
     kinds = [
-        [scene for scene in pool if scene.size],
         [scene for scene in pool if scene.relation],
+        [scene for scene in pool if scene.place],
     ]
-    chosen = [kinds[int(rng.random() < 0.9)] for _ in range(num)]
+    chosen = [kinds[int(rng.random() < 0.75)] for _ in range(num)]
     return [kind[int(rng.integers(len(kind)))] for kind in chosen]
 
 
@@ -263,9 +269,7 @@ def train_vae(
         # the signal for a thousand steps, and rendering only ever decodes.
         decoded = vae.decode(posterior.mean).sample
         loss = F.smooth_l1_loss(decoded, images, beta=0.2)
-        optimizer.param_groups[0]["lr"] = learning_rate(
-            step, recipe.vae_steps, recipe.warmup // 4, recipe.vae_lr
-        )
+        optimizer.param_groups[0]["lr"] = learning_rate(step, recipe.vae_steps, 50, recipe.vae_lr)
         (loss + recipe.kl_weight * posterior.kl().mean()).backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
@@ -280,27 +284,42 @@ def train_vae(
 @torch.no_grad()
 def encode_pictures(
     recipe: Recipe, vae: AutoencoderKL, tokenizer: CLIPTokenizer
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draw and encode the pictures the UNet is trained on, and set the VAE's scaling factor.
 
-    Returns latents (N, 4, 8, 8) of standard deviation 1, and token ids (N, NUM_TOKENS).
+    Returns latents (N, 4, 8, 8) of standard deviation 1, where objects are (N, 1, 8, 8), 0 or 1,
+    and token ids (N, NUM_TOKENS).
     """
     scenes = scenes_for(recipe.seed, recipe.pictures)
     device = vae.device
-    parts = []
+    parts, masks = [], []
     for start in range(0, len(scenes), 512):
-        images = grammar.pictures(scenes[start : start + 512], start, NATIVE, NATIVE)
-        parts.append(vae.encode(torch.from_numpy(images).to(device) * 2 - 1).latent_dist.mean)
+        images = torch.from_numpy(
+            grammar.pictures(scenes[start : start + 512], start, NATIVE, NATIVE)
+        ).to(device)
+        parts.append(vae.encode(images * 2 - 1).latent_dist.mean)
+        # The last corner is always background.
+        painted = (images != images[:, :, -1:, -1:]).any(1, keepdim=True)
+        masks.append(F.max_pool2d(painted.float(), 4))
     latents = torch.cat(parts)
     vae.register_to_config(scaling_factor=1 / float(latents.std()))
     texts = [scene.caption for scene in scenes]
-    ids = tokenizer(texts, padding="max_length", max_length=NUM_TOKENS, return_tensors="pt").input_ids
-    return latents * vae.config.scaling_factor, ids.to(device)
+    latents *= vae.config.scaling_factor
+    return latents, torch.cat(masks), tokenize(tokenizer, texts).to(device)
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Token ids, (N, NUM_TOKENS)."""
+    ids: Tensor = tokenizer(
+        texts, padding="max_length", max_length=NUM_TOKENS, return_tensors="pt"
+    ).input_ids
+    return ids
 
 
 def train_unet(
     recipe: Recipe,
     latents: Tensor,
+    objects: Tensor,
     ids: Tensor,
     tokenizer: CLIPTokenizer,
     work: Path,
@@ -331,26 +350,29 @@ def train_unet(
     )
     checkpoint = Checkpoint(work / "unet.pt", {"models": models, "ema": ema}, optimizer)
     noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-    empty = tokenizer("", padding="max_length", max_length=NUM_TOKENS, return_tensors="pt").input_ids
-    empty = empty.to(device)
+    empty = tokenize(tokenizer, [""]).to(device)
     average = 0.0
     models.train()
     start = checkpoint.load()
     for step, show in progress(start, min(recipe.steps, stop or 2**31), "unet"):
         random = generator(recipe.seed, 2, step)
         rows = torch.randint(len(latents), (recipe.batch,), generator=random).to(device)
-        times = torch.randint(1000, (recipe.batch,), generator=random).to(device)
+        # Where things go and of which colour is decided while there is mostly noise.
+        level = torch.rand(recipe.batch, generator=random) ** recipe.noise_skew
+        times = (1000 * level).long().clamp(max=999).to(device)
         noise = torch.randn((recipe.batch, *latents.shape[1:]), generator=random).to(device)
         dropped = torch.rand((recipe.batch, 1), generator=random) < recipe.caption_dropout
         clean = latents[rows]
         tokens = torch.where(dropped.to(device), empty, ids[rows])
         words = text(tokens)[0]
         predicted = unet(noising.add_noise(clean, noise, times), times, words).sample
-        loss = F.mse_loss(predicted, noising.get_velocity(clean, noise, times))
-        optimizer.param_groups[0]["lr"] = learning_rate(
-            step, recipe.steps, recipe.warmup, recipe.lr
-        )
-        loss.backward()  # type: ignore[no-untyped-call]
+        weight = 1 + (recipe.object_weight - 1) * objects[rows]
+        error = (predicted - noising.get_velocity(clean, noise, times)) ** 2
+        loss = (weight * error).mean() / weight.mean()
+        cycle, within = divmod(step, recipe.cycle)
+        peak = recipe.lr * recipe.restart**cycle
+        optimizer.param_groups[0]["lr"] = learning_rate(within, recipe.cycle, recipe.warmup, peak)
+        loss.backward()
         nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -385,6 +407,8 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipe.save_pretrained(out, safe_serialization=True)
+    # Half precision is enough for the VAE, and keeps the folder under 10 MB; it loads as float32.
+    copy.deepcopy(vae).half().save_pretrained(out / "vae", safe_serialization=True)
     return pipe
 
 
@@ -409,8 +433,8 @@ def train(
     note.write_text(text)
     tokenizer = build_tokenizer(work / "tokenizer")
     vae = train_vae(recipe, work, device, save_every, stop)
-    latents, ids = encode_pictures(recipe, vae, tokenizer)
-    unet, text_encoder = train_unet(recipe, latents, ids, tokenizer, work, save_every, stop)
+    data = encode_pictures(recipe, vae, tokenizer)
+    unet, text_encoder = train_unet(recipe, *data, tokenizer, work, save_every, stop)
     save_pipeline(out, vae, unet, text_encoder, tokenizer)
 
 

@@ -18,8 +18,8 @@ TINY = train.Recipe(
     batch=4,
     warmup=2,
     channels=(8, 16),
-    down_layers=(1, 1),
-    up_layers=(1, 1),
+    down_layers=1,
+    up_layers=1,
     heads=2,
     text_width=16,
     text_layers=1,
@@ -50,7 +50,7 @@ def test_shipped_folder_is_small():
 def test_shipped_recipe_is_the_scripts_default(pipe):
     recipe = train.Recipe()
     assert tuple(pipe.unet.config.block_out_channels) == recipe.channels
-    assert tuple(pipe.unet.config.transformer_layers_per_block) == recipe.down_layers
+    assert pipe.unet.config.transformer_layers_per_block[-1] == recipe.down_layers
     assert tuple(pipe.vae.config.block_out_channels) == recipe.vae_channels
 
 
@@ -83,8 +83,8 @@ def test_stopped_training_goes_on_to_the_same_bits(tmp_path):
     tokenizer = train.build_tokenizer(stopped / "tokenizer")
     train.train_vae(TINY, stopped, cpu, 2, stop=2)
     vae = train.train_vae(TINY, stopped, cpu, 2)
-    latents, ids = train.encode_pictures(TINY, vae, tokenizer)
-    train.train_unet(TINY, latents, ids, tokenizer, stopped, 2, stop=2)
+    data = train.encode_pictures(TINY, vae, tokenizer)
+    train.train_unet(TINY, *data, tokenizer, stopped, 2, stop=2)
     train.train(TINY, tmp_path / "resumed", stopped, cpu, save_every=2)
     resumed = weights(tmp_path / "resumed")
     assert whole.keys() == resumed.keys()
@@ -100,7 +100,7 @@ def test_another_recipe_does_not_resume(tmp_path):
 def test_the_command_makes_a_folder_that_loads(tmp_path):
     arguments = ["--out", str(tmp_path / "out"), "--vae-steps", "1", "--steps", "1"]
     arguments += ["--pictures", "4", "--batch", "2", "--vae-batch", "1"]
-    arguments += ["--channels", "8", "16", "--down-layers", "1", "1", "--up-layers", "1", "1"]
+    arguments += ["--channels", "8", "16", "--down-layers", "1", "--up-layers", "1"]
     train.main([*arguments, "--device", "cpu"])
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
     assert pipe.unet.config.block_out_channels == [8, 16]

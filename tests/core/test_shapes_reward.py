@@ -29,9 +29,9 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
     pool = grammar.scenes_of(held_out=True)
-    ones = [scene for scene in pool if scene.size]
+    ones = [scene for scene in pool if scene.place]
     twos = [scene for scene in pool if scene.relation]
-    return ones[::3] + twos[::30]
+    return ones[::10] + twos[::2]
 
 
 def score(scenes, placements=None, size=(32, 32), captions=None) -> np.ndarray:
@@ -45,7 +45,7 @@ def score(scenes, placements=None, size=(32, 32), captions=None) -> np.ndarray:
 def test_clean_renders_score_high_at_every_size(scenes, size):
     rewards = score(scenes, size=size)
     assert rewards.mean() > 0.99
-    assert rewards.min() > 0.9
+    assert rewards.min() > 0.95
 
 
 def test_other_captions_score_low(scenes):
@@ -91,10 +91,19 @@ def wrong_background(scene, spot):
 
 
 def wrong_layout(scene, spot):
-    if scene.size:
-        radius = 0.3 if scene.size == "small" else 0.13
-        return scene, replace(spot, x=(0.5,), y=(0.5,), radius=(radius,))
-    return scene, replace(spot, x=spot.x[::-1], y=spot.y[::-1])
+    """Pairs only lie the other way; one thing moves to the opposite side (or off the middle)."""
+    if scene.relation:
+        return scene, replace(spot, x=spot.y, y=spot.x)
+    away = [1 - at if abs(at - 0.5) > 0.1 else 0.24 for at in (*spot.x, *spot.y)]
+    return scene, replace(spot, x=(away[0],), y=(away[1],))
+
+
+def wrong_size(scene, spot):
+    if scene.relation:
+        return wrong_layout(scene, spot)
+    radius = 0.26 if scene.size == "small" else 0.13
+    inside = [min(max(at, 0.36), 0.64) for at in (*spot.x, *spot.y)]
+    return scene, Placement((inside[0],), (inside[1],), (radius,))
 
 
 def extra(scene, spot):
@@ -122,7 +131,16 @@ def add(scene, spot, thing):
 
 @pytest.mark.parametrize(
     "fault",
-    [missing, wrong_colour, wrong_shape, wrong_background, wrong_layout, extra, duplicated],
+    [
+        missing,
+        wrong_colour,
+        wrong_shape,
+        wrong_background,
+        wrong_layout,
+        wrong_size,
+        extra,
+        duplicated,
+    ],
     ids=lambda fault: fault.__name__,
 )
 @pytest.mark.parametrize("size", [(32, 32), (40, 24), (48, 48)])
@@ -141,7 +159,9 @@ def test_each_fault_scores_lower(scenes, fault, size):
 def test_blank_and_noise_score_lowest(scenes, size):
     captions = [scene.caption for scene in scenes]
     noise = torch.rand(len(scenes), 3, *size, generator=torch.Generator().manual_seed(0))
-    assert max(ShapesReward()(noise, captions)) < 0.3
+    rewards = ShapesReward()(noise, captions)
+    assert max(rewards) < 0.6  # By chance a few pixels make a thing of the right colour.
+    assert sum(rewards) / len(rewards) < 0.05
     for level in (0.0, 0.5, 1.0):
         assert max(ShapesReward()(torch.full_like(noise, level), captions)) < 0.3
 
