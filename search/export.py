@@ -108,14 +108,21 @@ def load_plan(folder: Path) -> Plan:
     """Make the plan of an earlier run again, from the settings in its folder."""
     file = folder / RUN_FILE
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))["config"]
+        record = json.loads(file.read_text(encoding="utf-8"))
+        raw, key = record["config"], record["key"]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{folder} is not the folder of a run (no readable {RUN_FILE}): give one, such as "
             "runs/shapes_24x40/annealing-seed0"
         ) from error
     # The folder may have been moved: its own place counts, not the one it was made at.
-    return Plan.make(Config.parse({**raw, "output": str(folder.absolute().parents[1])}))
+    plan = Plan.make(Config.parse({**raw, "output": str(folder.absolute().parents[1])}))
+    if plan.key != key:
+        raise ConfigError(
+            f"{folder} was made with another model, reward or prompts than these settings give "
+            "today: use the version and files that made it, or run the search again"
+        )
+    return plan
 
 
 def main() -> int:

@@ -38,7 +38,7 @@ def search(monkeypatch, capsys):
         ("searcher.bounds.up=[0.1,1.0]", "searcher.bounds.up.1: input should be less than 1"),
         ("prompts.path=EMPTY", "holds no prompt: write one prompt a line"),
         ("prompts.path=/no/such.txt", "No such file or directory: set prompts.path"),
-        ("prompts.search=100000", "distinct prompts and 100000 search + 96 rerank"),
+        ("prompts.search=100000", "distinct prompts and 100000 search + 64 rerank"),
         ("searcher.max_evaluations=0", "searcher.max_evaluations: input should be greater"),
         ("model.path=/no/such", "/no/such is not a diffusers folder"),
         ("seed=${nope}", "Interpolation key 'nope' not found"),
