@@ -56,11 +56,12 @@ class Progress:
 
     def _show(self, search: EvaluationSearch, force: bool) -> None:
         done, total = len(search.evaluations), search.num_expected
-        text = _standing(search)
         if self._live is not None:
+            text = _standing(search, "best {0.mean:.3f}")  # It must fit 80 columns.
             self._live.update(self._task, completed=done, total=total, description=text)
         elif force or time.monotonic() - self._last_line_s > _PLAIN_INTERVAL_S:
             self._last_line_s = time.monotonic()
+            text = _standing(search, "best {0.mean:.3f} at {0.ratios}")
             self.console.print(f"{done}/{total} evaluations, {text}{self._left(done, total)}")
 
     def _left(self, done: int, total: int) -> str:
@@ -81,11 +82,11 @@ def _best(search: EvaluationSearch) -> Evaluation | None:
     return max(scored, key=lambda e: e.mean, default=None)
 
 
-def _standing(search: EvaluationSearch) -> str:
+def _standing(search: EvaluationSearch, best_as: str) -> str:
     best, dense = _best(search), search.of("dense")
     parts = []
     if best is not None:
-        parts.append(f"best {best.mean:.3f} at {best.ratios}")
+        parts.append(best_as.format(best))
     if dense is not None and dense.failure is None:
         parts.append(f"dense {dense.mean:.3f}")
     return ", ".join(parts) or "loading the model"

@@ -11,6 +11,9 @@ from search import run
 def search(monkeypatch, capsys):
     """Run `python -m search.run` with the arguments; its exit code and what it wrote."""
 
+    # Else a cluster of our own would get a token, which this process would keep.
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["search.run", *arguments])
         try:
