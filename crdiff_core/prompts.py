@@ -1,15 +1,33 @@
-"""Prompts: a text, a tag and the seed of its initial noise; read from text, CSV and Parquet."""
+"""Prompts: a text, a tag and the seed of its initial noise; from files, shipped lists and COCO.
+
+`python -m crdiff_core.prompts coco --help` makes the paper's COCO subset.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
+from typing import NoReturn
 
+from crdiff_core.coco import COCO_FILE, COCO_SEED, COCO_SIZE, CocoCaptions, write_subset
 from crdiff_core.errors import PromptError
+
+_LISTS = Path(__file__).parent / "prompt_lists"
+
+PROMPT_LISTS = {
+    # The two prompts that the reference implementation of CR-Diff searches with.
+    "reference": _LISTS / "reference.txt",
+    # 200 of our own, in mixed order, such as people ask of text-to-image models.
+    "everyday": _LISTS / "everyday.txt",
+}
+"""The prompt lists that ship with the package, by name."""
 
 
 @dataclass(frozen=True)
@@ -49,39 +67,77 @@ class PromptSet:
 
 
 def split_prompts(
-    texts: Sequence[str], sizes: dict[str, int], seed: int, source: str
+    texts: Sequence[str], sizes: dict[str, int], seed: int, source: str, repeat: bool = False
 ) -> dict[str, PromptSet]:
-    """Cut disjoint prompt sets from the start of a list of texts.
+    """Cut prompt sets, disjoint in text and noise together, from the start of a list of texts.
 
     texts:  duplicates count once.
     sizes:  number of prompts by the set's name, in the order in which they are cut.
     seed:   of the initial noise.
     source: where the texts came from, for the message.
-    Raises PromptError when there are too few.
+    repeat: start again at the first text, with other noise, when the texts are used up; a set
+            whose size is a multiple of their number then has each equally often. Without it the
+            sets are disjoint in text too.
+    Raises PromptError when there are too few, or none to repeat.
+    Source of repeat: CR-Diff (arXiv:2604.05524), section 4.3, one prompt with many seeds.
     """
     distinct = list(dict.fromkeys(texts))
     wanted = sum(sizes.values())
-    if len(distinct) < wanted:
+    if len(distinct) < wanted and not (repeat and distinct):
         need = " + ".join(f"{size} {name}" for name, size in sizes.items())
         raise PromptError(
             f"{source} has {len(distinct)} distinct prompts and {need} are needed, all disjoint: "
-            "add prompts, or lower prompts.search, prompts.rerank or prompts.validation"
+            "add prompts, lower prompts.search, prompts.rerank or prompts.validation, or set "
+            "prompts.repeat=true"
         )
+    endless = _with_noise(distinct, seed)
     sets: dict[str, PromptSet] = {}
     for name, size in sizes.items():
-        part, distinct = distinct[:size], distinct[size:]
         prompts = (
-            Prompt(text, f"{name}-{index:03d}", noise_seed(text, seed))
-            for index, text in enumerate(part)
+            Prompt(text, f"{name}-{index:03d}", noise)
+            for index, (text, noise) in enumerate(islice(endless, size))
         )
         sets[name] = PromptSet(name, tuple(prompts))
     return sets
 
 
-def noise_seed(text: str, seed: int) -> int:
-    """Return the noise seed of a prompt, in [0, 2**31): a hash of its text and the run's seed."""
-    digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
+def _with_noise(texts: Sequence[str], seed: int) -> Iterator[tuple[str, int]]:
+    """Yield the texts, round after round without end, each with its noise seed of the round.
+
+    texts: distinct, at least one. No pair is yielded twice.
+    """
+    used: set[tuple[str, int]] = set()
+    for repetition in count():
+        for text in texts:
+            noise = noise_seed(text, seed, repetition)
+            # Of 31-bit hashes of one text, two of some 50,000 are likely to be equal. The earlier
+            # round keeps its seed, so that what has been drawn stays valid when more is asked for.
+            while (text, noise) in used:
+                noise = (noise + 1) % 2**31
+            used.add((text, noise))
+            yield text, noise
+
+
+def noise_seed(text: str, seed: int, repetition: int = 0) -> int:
+    """Return the noise seed of a prompt, in [0, 2**31): a hash of its text and the run's seed.
+
+    repetition: how often a set, or another before it, has had the text already.
+    """
+    # No run's seed begins with a letter: no repetition shares its hash with another text's first.
+    again = f"repetition {repetition} " if repetition else ""
+    digest = hashlib.sha256(f"{again}{seed} {text}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
+
+
+def shipped_texts(name: str) -> list[str]:
+    """Return the texts of a prompt list that ships with the package.
+
+    name: a key of PROMPT_LISTS.
+    Raises PromptError for any other.
+    """
+    if name not in PROMPT_LISTS:
+        raise PromptError(f"prompt list {name!r} is unknown: choose {' or '.join(PROMPT_LISTS)}")
+    return read_texts(PROMPT_LISTS[name])
 
 
 def read_texts(path: str | os.PathLike[str]) -> list[str]:
@@ -140,3 +196,63 @@ def _read_parquet(path: Path) -> list[str]:
     except pa.ArrowInvalid as error:
         raise PromptError(f"{path}: not Parquet ({error}): write it again") from error
     return [str(value) for value in values if value is not None]
+
+
+# --- the command line ------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse would print its usage, many lines, above the message.
+        raise PromptError(f"{message} (--help lists the options)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m crdiff_core.prompts", description="Make files of prompts.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    about = "draw the paper's subset of COCO: random images, one caption of each, as Parquet"
+    add = commands.add_parser("coco", help=about, description=about).add_argument
+    add("--captions", type=Path, required=True, metavar="JSON", help="captions_val2014.json")
+    add("--images", type=Path, metavar="FOLDER", help="val2014/: put the images in the file too")
+    add("--out", type=Path, default=Path(COCO_FILE), help=f"default: {COCO_FILE}")
+    add("--num", type=int, default=COCO_SIZE, metavar="N", help=f"default: {COCO_SIZE}")
+    add("--seed", type=int, default=COCO_SEED, help=f"of the choice; default: {COCO_SEED}")
+    return parser
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    for name, value, least in (("--num", options.num, 1), ("--seed", options.seed, 0)):
+        if value < least:
+            raise PromptError(f"{name} {value}: give at least {least}")
+    out = options.out
+    if out.suffix.lower() != ".parquet":
+        raise PromptError(f"--out {out}: not the name of a Parquet file: end it with .parquet")
+    if out.is_dir():
+        raise PromptError(f"--out {out}: is a folder: give the name of a file")
+    if not os.access(out.parent, os.W_OK):
+        raise PromptError(f"--out {out}: {out.parent} is not a folder you may write to")
+    if options.images is not None and not options.images.is_dir():
+        raise PromptError(f"--images {options.images}: is not a folder: give val2014/")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the file that the command line asks for; return the exit code."""
+    try:
+        options = _parser().parse_args(arguments)
+        _check_options(options)
+        write_subset(
+            CocoCaptions.read(options.captions),
+            options.out,
+            images=options.images,
+            num=options.num,
+            seed=options.seed,
+        )
+    except (PromptError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
