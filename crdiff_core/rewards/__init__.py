@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, cast
@@ -18,8 +19,15 @@ class Reward(Protocol):
     name, version: part of the ledger's key; a change of the score is a new version.
     """
 
-    name: str
-    version: str
+    @property
+    def name(self) -> str:
+        """What it is called in conf."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """What tells its scores from those of other weights or code. Raises RewardError."""
+        ...
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
         """Score each picture.
@@ -32,12 +40,27 @@ class Reward(Protocol):
 
 
 # A name -> (module, class) table; a module is imported when its reward is asked for.
-_REWARDS = {"shapes": ("crdiff_core.rewards.shapes", "ShapesReward")}
+_REWARDS = {
+    "shapes": ("crdiff_core.rewards.shapes", "ShapesReward"),
+    "image_reward": ("crdiff_core.rewards.image_reward", "ImageReward"),
+    "image_reward_package": ("crdiff_core.rewards.image_reward_package", "ImageRewardPackage"),
+}
 
 
-def load_reward(name: str) -> Reward:
-    """Build the reward of that name. Raises RewardError if there is none."""
+def load_reward(name: str, **options: str) -> Reward:
+    """Build the reward of that name; it loads no weights before it scores.
+
+    options: of the reward's class, as its docstring says.
+    Raises RewardError if there is no such reward or it takes no such option.
+    """
     if name not in _REWARDS:
         raise RewardError(f"reward {name!r} is unknown: choose one of {', '.join(_REWARDS)}")
     module, cls = _REWARDS[name]
-    return cast(Callable[[], Reward], getattr(import_module(module), cls))()
+    build = cast(Callable[..., Reward], getattr(import_module(module), cls))
+    known = inspect.signature(build).parameters
+    if unknown := [option for option in options if option not in known]:
+        raise RewardError(
+            f"reward {name} takes no {', '.join(unknown)}: "
+            f"{'choose among ' + ', '.join(known) if known else 'it has no options'}"
+        )
+    return build(**options)
