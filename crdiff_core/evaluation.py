@@ -20,20 +20,22 @@ from crdiff_core.rewards import Reward
 class Measurement:
     """What one prompt batch gave.
 
-    rewards:  one for each prompt, finite.
-    sparsity: measured, by block group.
-    seconds:  wall time of prune, render and score.
+    rewards:    one for each prompt, finite.
+    sparsity:   measured, by block group.
+    seconds:    wall time of prune, render and score.
+    batch_size: pictures drawn at once; fewer than the prompts if they did not fit into memory.
     """
 
     rewards: tuple[float, ...]
     sparsity: dict[Group, float]
     seconds: dict[str, float]
+    batch_size: int
 
 
 def evaluate(
     replica: Replica, ratios: BlockRatios, prompts: Sequence[Prompt], reward: Reward
 ) -> Measurement:
-    """Prune, draw the prompts as one batch and score each picture.
+    """Prune, draw the prompts, as one batch if it fits, and score each picture.
 
     Raises RenderError for broken pictures, RewardError for a score that is not finite.
     Source: CR-Diff (arXiv:2604.05524), section 3.3: the objective of the search.
@@ -50,7 +52,8 @@ def evaluate(
             raise RewardError(f"reward {reward.name} of {prompt.text!r} is {value}: not a score")
     stages = ("prune", "render", "score")
     seconds = {stage: marks[i + 1] - marks[i] for i, stage in enumerate(stages)}
-    return Measurement(rewards, replica.sparsity(), seconds)
+    batch_size = min(len(prompts), replica.batch_limit)
+    return Measurement(rewards, replica.sparsity(), seconds, batch_size)
 
 
 def _now(device: torch.device) -> float:

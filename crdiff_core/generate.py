@@ -40,6 +40,7 @@ class Drawing:
     """What to draw: one row of two pictures, dense and CR-Diff, for each prompt.
 
     ratios_file: where the ratios came from, to be checked against the model; None: given by hand.
+    told_size:   what SDXL is told of a picture's size; None: its own.
     zoom:        how many pixels, each way, one pixel of a picture becomes.
     """
 
@@ -50,6 +51,7 @@ class Drawing:
     resolution: Resolution
     num_steps: int
     guidance_scale: float
+    told_size: Resolution | None
     prompts: tuple[Prompt, ...]
     zoom: int
 
@@ -67,12 +69,12 @@ def draw(drawing: Drawing) -> tuple[Tensor, Tensor]:
     from crdiff_core.replica import Replica, choose_device
 
     replica = Replica(
-        drawing.model,
+        drawing.model.load(choose_device()),
         drawing.resolution,
         num_steps=drawing.num_steps,
         guidance_scale=drawing.guidance_scale,
         poa_weight=drawing.poa_weight,
-        device=choose_device(),
+        size_conditioning=drawing.told_size,
     )
     if drawing.ratios_file is not None:  # Refuses ratios of another model.
         apply(replica.pipe, drawing.ratios_file, drawing.poa_weight)
@@ -156,7 +158,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Draw prompts with the dense model and with CR-Diff, from the same noise.",
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="NAME|FOLDER", help="shapes, or a diffusers folder")
+    add(
+        "--model",
+        metavar="MODEL",
+        help="shapes, a diffusers folder, a .safetensors checkpoint or a hub id in the local "
+        "cache; default: that of the ratios file",
+    )
     add("--ratios", type=Path, metavar="JSON", help="an exported best_ratios.json, or:")
     for group in GROUPS:
         add(f"--{group}", type=float, metavar="R", help=f"the ratio of the {group} blocks")
@@ -192,7 +199,7 @@ def _drawing(options: argparse.Namespace) -> Drawing:
         resolution = Resolution.parse(options.res)
     if resolution is None:
         raise _UsageError("no resolution: give --res HEIGHTxWIDTH, or --ratios with a file")
-    num_steps, guidance_scale, dtype = _recipe(options, file)
+    num_steps, guidance_scale, dtype, told_size = _recipe(options, file)
     for name, value, least in (
         ("--steps", num_steps, 1),
         ("--guidance", guidance_scale, 0),
@@ -201,7 +208,8 @@ def _drawing(options: argparse.Namespace) -> Drawing:
     ):
         if value is not None and not value >= least:
             raise _UsageError(f"{name} {value}: give at least {least}")
-    model = _model(options.model, dtype)
+    model = _model(options.model, dtype, file)
+    model.check()
     model.check_resolution(resolution)
     _check_made_for(file, model)
     return Drawing(
@@ -212,15 +220,19 @@ def _drawing(options: argparse.Namespace) -> Drawing:
         resolution,
         num_steps,
         guidance_scale,
+        told_size if model.is_size_conditioned else None,
         _prompts(options),
         options.zoom or max(1, round(_LEGIBLE / min(resolution.height, resolution.width))),
     )
 
 
-def _recipe(options: argparse.Namespace, file: RatiosFile | None) -> tuple[int, float, str]:
-    """Return steps, guidance and dtype: the options', else those of the search, else defaults."""
+def _recipe(
+    options: argparse.Namespace, file: RatiosFile | None
+) -> tuple[int, float, str, Resolution | None]:
+    """Return steps, guidance, dtype, SDXL's size: the options', else the search's, else ours."""
     recipe = file.provenance.get("recipe") if file else None
     known = recipe if isinstance(recipe, dict) else {}
+    told_size = str(known.get("size_conditioning", "requested"))
     try:
         return (
             int(known.get("num_steps", DEFAULT_STEPS)) if options.steps is None else options.steps,
@@ -228,6 +240,7 @@ def _recipe(options: argparse.Namespace, file: RatiosFile | None) -> tuple[int, 
             if options.guidance is None
             else options.guidance,
             str(known.get("dtype", "float32")),
+            None if told_size == "requested" else Resolution.parse(told_size),
         )
     except (TypeError, ValueError) as error:
         raise RatiosError(
@@ -247,10 +260,15 @@ def _check_made_for(file: RatiosFile | None, model: Model) -> None:
         )
 
 
-def _model(name: str, dtype: str) -> Model:
-    if name in EMBEDDED:
-        return Model(name, dtype=dtype)
-    return Model(Path(name).name, name, dtype)
+def _model(source: str | None, dtype: str, file: RatiosFile | None) -> Model:
+    found = file.provenance.get("source") if file else None
+    known = found if isinstance(found, dict) else {}
+    hub_id, revision = str(known.get("hub_id", "")), str(known.get("hub_revision", "main"))
+    if source is None and file is not None and "file" not in known:
+        source = hub_id or (file.model if file.model in EMBEDDED else None)
+    if source is None:
+        raise _UsageError("no --model: give shapes, a folder, a .safetensors file or a hub id")
+    return Model.find(source, dtype, hub_id, revision)
 
 
 def _prompts(options: argparse.Namespace) -> tuple[Prompt, ...]:

@@ -44,6 +44,7 @@ class POADenoiser(nn.Module):
         self.dense, self.pruned = replica.dense, replica.pruned
         self.replica = replica
         self.expected_latents: tuple[int, int] | None = None
+        self._cuda_graphs = False
         self.configure(ratios, poa_weight)
 
     def configure(self, ratios: BlockRatios, poa_weight: float) -> None:
@@ -51,6 +52,22 @@ class POADenoiser(nn.Module):
         self.replica.set_ratios(ratios)
         self.ratios = ratios
         self.poa_weight = float(poa_weight)
+
+    def compile_unets(self, *, cuda_graphs: bool) -> None:
+        """Compile both UNets; no ratio ever compiles them anew, since no address changes.
+
+        cuda_graphs: capture whole UNets, which spares the launches that bound small batches; else
+                     each kind of transformer block is compiled once, in seconds.
+        """
+        # Each width of a UNet is a version of the same block's code, and so is each batch size.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        unets: tuple[Any, Any] = (self.dense, self.pruned)
+        for unet in unets:
+            if cuda_graphs:
+                unet.compile(mode="reduce-overhead", fullgraph=True)
+            else:
+                unet.compile_repeated_blocks(fullgraph=True)
+        self._cuda_graphs = cuda_graphs
 
     def forward(
         self, sample: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any
@@ -60,8 +77,11 @@ class POADenoiser(nn.Module):
 
         def denoise(unet: nn.Module) -> Tensor:
             output: Tensor = unet(sample, *args, return_dict=False, **kwargs)[0]
-            return output
+            # A graph's next run would write over it.
+            return output.clone() if self._cuda_graphs else output
 
+        if self._cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         if self.poa_weight == 0 or self.ratios.is_dense:
             combined = denoise(self.dense)
         elif self.poa_weight == 1:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crdiff_core.errors import ModelError, RenderError
-from crdiff_core.models import Model
+from crdiff_core.models import check_divisible
 from crdiff_core.poa import POADenoiser, apply
 from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import BlockRatios, Group, Resolution
@@ -21,6 +22,10 @@ _EMBEDDINGS = (
     "pooled_prompt_embeds",
     "negative_pooled_prompt_embeds",
 )
+
+COMPILE_MODES = ("none", "blocks", "graphs")
+_NO_LIMIT = 1 << 30
+_PIXELS_DECODED_AT_ONCE = 1 << 20
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -41,26 +46,48 @@ class Replica:
 
     Prompt embeddings and initial noise are made once for each prompt; a trial changes three
     numbers and draws.
+
+    pipe:              a Stable Diffusion (XL) pipeline, which becomes the replica's own.
+    resolution:        of the pictures; latents of odd height or width are fine.
+    size_conditioning: what SDXL is told of a picture's original and target size; None: the
+                       resolution (the paper's way). Others have no such condition.
+    compile:           none, blocks (torch.compile of each transformer block, quick to compile) or
+                       graphs (of whole UNets, as CUDA graphs: for small batches).
+    Raises ModelError for a resolution or option that the pipeline does not have.
     """
 
     def __init__(
         self,
-        model: Model,
+        pipe: Any,
         resolution: Resolution,
         *,
         num_steps: int,
         guidance_scale: float,
         poa_weight: float,
-        device: torch.device,
+        size_conditioning: Resolution | None = None,
+        compile: str = "none",
     ) -> None:
-        model.check_resolution(resolution)
+        if compile not in COMPILE_MODES:
+            raise ModelError(f"compile {compile!r} is unknown: give {', '.join(COMPILE_MODES)}")
+        check_divisible(resolution, pipe.vae_scale_factor, type(pipe).__name__)
+        self.pipe = apply(pipe, BlockRatios(), poa_weight)
         self.resolution = resolution
         self.num_steps = num_steps
         self.guidance_scale = guidance_scale
         self.poa_weight = poa_weight
-        self.device = device
-        self.pipe = apply(model.load(device), BlockRatios(), poa_weight)
-        factor = model.vae_factor
+        self.device = self.denoiser.device
+        self.batch_limit = _NO_LIMIT
+        """How many pictures are drawn at once; memory lowers it."""
+        self._sizes: dict[str, tuple[int, int]] = {}
+        if size_conditioning is not None:
+            if self.denoiser.config.addition_embed_type != "text_time":
+                raise ModelError(
+                    f"{type(pipe).__name__} is not told a picture's size: leave "
+                    "render.size_conditioning=requested"
+                )
+            size = (size_conditioning.height, size_conditioning.width)
+            self._sizes = {"original_size": size, "target_size": size}
+        factor = pipe.vae_scale_factor
         self._noise_shape = (
             self.denoiser.config.in_channels,
             resolution.height // factor,
@@ -68,6 +95,8 @@ class Replica:
         )
         self._embeddings: dict[str, dict[str, Tensor]] = {}
         self._noise: dict[int, Tensor] = {}
+        if compile != "none":
+            self.denoiser.compile_unets(cuda_graphs=compile == "graphs")
 
     @property
     def denoiser(self) -> POADenoiser:
@@ -86,22 +115,30 @@ class Replica:
 
     @torch.no_grad()
     def render(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Draw the prompts as one batch.
+        """Draw the prompts, as one batch if the memory allows, else in halves of it.
 
         Returns (N, 3, H, W), float32 in [0, 1], on the replica's device.
-        Raises RenderError if a picture is not finite or is of one single colour.
+        Raises RenderError if a picture is not finite or is of one single colour, or if not even
+        one fits into memory.
         """
-        embeddings = [self._embed(prompt.text) for prompt in prompts]
-        images: Tensor = self.pipe(
-            **{name: torch.cat([each[name] for each in embeddings]) for name in embeddings[0]},
-            latents=torch.stack([self._initial_noise(prompt.seed) for prompt in prompts]),
-            height=self.resolution.height,
-            width=self.resolution.width,
-            num_inference_steps=self.num_steps,
-            guidance_scale=self.guidance_scale,
-            output_type="pt",
-        ).images
-        images = images.float()
+        pictures: list[Tensor] = []
+        done = 0
+        while done < len(prompts):
+            part = prompts[done : done + self.batch_limit]
+            drawn = self._draw_if_it_fits(part)
+            if drawn is not None:
+                pictures.append(drawn)
+                done += len(part)
+                continue
+            if len(part) == 1:
+                raise RenderError(
+                    f"one {self.resolution} picture does not fit into the memory of {self.device}:"
+                    " use a larger GPU, a half-precision model.dtype or a smaller res"
+                )
+            self.batch_limit = len(part) // 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        images = torch.cat(pictures)
         flat = images.flatten(1)
         broken = ~flat.isfinite().all(1) | (flat.amax(1) == flat.amin(1))
         if broken.any():
@@ -120,6 +157,42 @@ class Replica:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _draw_if_it_fits(self, prompts: Sequence[Prompt]) -> Tensor | None:
+        try:
+            return self._draw(prompts)
+        except torch.OutOfMemoryError:
+            return None  # Only now does the exception let go of the tensors in its frames.
+
+    def _draw(self, prompts: Sequence[Prompt]) -> Tensor:
+        embeddings = [self._embed(prompt.text) for prompt in prompts]
+        latents: Tensor = self.pipe(
+            **{name: torch.cat([each[name] for each in embeddings]) for name in embeddings[0]},
+            latents=torch.stack([self._initial_noise(prompt.seed) for prompt in prompts]),
+            height=self.resolution.height,
+            width=self.resolution.width,
+            num_inference_steps=self.num_steps,
+            guidance_scale=self.guidance_scale,
+            output_type="latent",
+            **self._sizes,
+        ).images
+        # A decoder needs far more memory for a picture than a UNet does: a megapixel at a time.
+        pixels = self.resolution.height * self.resolution.width
+        at_once = max(1, _PIXELS_DECODED_AT_ONCE // pixels)
+        return torch.cat([self._decode(part) for part in torch.split(latents, at_once)])
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, 3, H, W) in [0, 1], in the precision of the VAE's own."""
+        vae = self.pipe.vae
+        latents = latents.to(vae.dtype)
+        mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+        latents = latents / vae.config.scaling_factor
+        if mean is not None and std is not None:
+            per_channel = (1, -1, 1, 1)
+            latents = latents * latents.new_tensor(std).view(per_channel)
+            latents = latents + latents.new_tensor(mean).view(per_channel)
+        pictures: Tensor = vae.decode(latents, return_dict=False)[0]
+        return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
     def _embed(self, text: str) -> dict[str, Tensor]:
         # One text at a time, so that an embedding does not depend on its neighbours.

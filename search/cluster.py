@@ -61,6 +61,15 @@ def connect(settings: ClusterSettings) -> Iterator[dict[str, float]]:
         ray.shutdown()
 
 
+def num_workers(resources: dict[str, float]) -> int:
+    """Return how many trials the connected cluster runs at once, each taking `resources`."""
+    import ray
+
+    total = ray.cluster_resources()
+    names = {"cpu": "CPU", "gpu": "GPU"}
+    return max(1, int(min(total.get(names[kind], 0) / n for kind, n in resources.items())))
+
+
 def _unreachable(address: str, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split())[:300]
     if address == LOCAL:

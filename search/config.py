@@ -36,6 +36,7 @@ Size = Annotated[
     PlainSerializer(str),
 ]
 Interval = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+Triple = tuple[float, float, float]
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -62,10 +63,15 @@ class Bounds(Settings):
 
 
 class ModelSettings(Settings):
-    """conf/model: what is drawn with, and its own defaults."""
+    """conf/model: what is drawn with, and its own defaults.
+
+    paper_ratios: (down, mid, up) of the paper's table 6, by HEIGHTxWIDTH.
+    """
 
     name: str
-    path: str = ""
+    path: str
+    hub_id: str
+    hub_revision: str
     dtype: Literal["float32", "float16", "bfloat16"]
     native_res: Size
     default_res: Size
@@ -73,10 +79,11 @@ class ModelSettings(Settings):
     guidance_scale: Annotated[float, Field(ge=0)]
     max_evaluations: Count
     bounds: Bounds
+    paper_ratios: dict[str, Triple]
 
     def model(self) -> Model:
         """The model itself."""
-        return Model(self.name, self.path, self.dtype)
+        return Model(self.name, self.path, self.dtype, self.hub_id, self.hub_revision)
 
 
 class SearcherSettings(Settings):
@@ -96,7 +103,8 @@ class AnnealingSettings(SearcherSettings):
     """conf/searcher/annealing.yaml; what each means stands in search.annealing.Annealing."""
 
     name: Literal["annealing"]
-    seeds: Annotated[tuple[tuple[float, float, float], ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Triple, ...], Field(min_length=1)]
+    start_from_paper: bool
     initial_temperature: Annotated[float, Field(gt=0)]
     cooling: Share
     min_temperature: Annotated[float, Field(ge=0)]
@@ -121,18 +129,37 @@ class AnnealingSettings(SearcherSettings):
 class RewardSettings(Settings):
     """conf/reward: what a picture is worth."""
 
-    name: Literal["shapes"]
+    name: Literal["shapes", "image_reward_package"]
+
+
+class ImageRewardSettings(Settings):
+    """conf/reward/image_reward.yaml; what each means stands in crdiff_core's ImageReward."""
+
+    name: Literal["image_reward"]
+    path: str
+    hub_id: str
+    hub_revision: str
+    tokenizer: str
+    tokenizer_revision: str
 
 
 class PromptSettings(Settings):
     """conf/prompts: where prompts come from, and how many each of the disjoint sets has."""
 
-    name: str
+    name: Literal["shapes", "everyday", "reference", "coco"]
     path: str
+    text: str
+    repeat: bool
     seed: Annotated[int, Field(ge=0)]
     search: Count
     rerank: Count
     validation: Annotated[int, Field(ge=2)]
+
+    @check(mode="after")
+    def _one_source(self) -> PromptSettings:
+        if self.text and self.path:
+            raise ValueError("text and path are both given: choose one")
+        return self
 
 
 class ClusterSettings(Settings):
@@ -143,6 +170,7 @@ class ClusterSettings(Settings):
     device: Literal["auto", "cpu", "cuda"]
     cpus_per_trial: Count
     gpus_per_trial: Annotated[float, Field(gt=0)]
+    gpu_hour_price: Annotated[float, Field(ge=0)] | None
 
 
 class TrackingSettings(Settings):
@@ -158,7 +186,9 @@ class RenderSettings(Settings):
 
     num_steps: Count
     guidance_scale: Annotated[float, Field(ge=0)]
+    size_conditioning: Literal["requested", "native"]
     batch_size: Count | None
+    compile: Literal["none", "blocks", "graphs"]
 
 
 class RerankSettings(Settings):
@@ -174,12 +204,15 @@ class TrialSettings(Settings):
     retry_failed: bool
 
 
+_DISCRIMINATORS = {"annealing", "random", "shapes", "image_reward", "image_reward_package"}
+
+
 class Config(Settings):
     """conf/config.yaml: one search."""
 
     model: ModelSettings
     searcher: Annotated[AnnealingSettings | RandomSettings, Field(discriminator="name")]
-    reward: RewardSettings
+    reward: Annotated[RewardSettings | ImageRewardSettings, Field(discriminator="name")]
     prompts: PromptSettings
     cluster: ClusterSettings
     tracking: TrackingSettings
@@ -190,6 +223,7 @@ class Config(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     poa_weight: float
     output: Annotated[str, Field(min_length=1)]
+    dry_run: bool
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Config:
@@ -198,8 +232,8 @@ class Config(Settings):
             return cls.model_validate(raw)
         except ValidationError as error:
             first = error.errors()[0]
-            # The searcher's name comes twice: as the discriminator, and as a part of no path.
-            path = [str(part) for part in first["loc"] if part not in {"annealing", "random"}]
+            # The name that tells searchers and rewards apart comes as a part of no path.
+            path = [str(part) for part in first["loc"] if part not in _DISCRIMINATORS]
             if first["type"] == "extra_forbidden":
                 reason = "there is no such setting (python -m search.run --help lists them)"
             elif first["type"] == "value_error":  # Our own check: it says what it found.

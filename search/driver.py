@@ -13,11 +13,11 @@ from typing import Any
 
 from crdiff_core.errors import CRDiffError
 from crdiff_core.ratios import GROUPS
-from search.cluster import connect
+from search.cluster import connect, num_workers
 from search.config import Config, ConfigError
 from search.evaluations import Comparison, Evaluation
 from search.export import HISTORY_FILE, RATIOS_FILE, validated, write_history, write_ratios
-from search.plan import RUN_FILE, Plan
+from search.plan import MAX_AUTO_BATCH, RUN_FILE, Plan, reward_options
 from search.progress import Progress
 from search.searchers import AnnealingSearch
 from search.tracking import Experiment, Tracker
@@ -37,6 +37,7 @@ class Outcome:
     ratios_file:  the exported best ratios.
     winner:       its evaluation on the search prompts; dense: the dense model's.
     comparison:   of the two on the validation prompts; None if that evaluation failed.
+    num_reranked: how many of the best were compared on fresh prompts; the winner won there.
     num_rendered: pictures drawn in this run; 0 when the ledger knew them all.
     tracker:      None if tracking is off.
     """
@@ -45,6 +46,7 @@ class Outcome:
     winner: Evaluation
     dense: Evaluation
     comparison: Comparison | None
+    num_reranked: int
     num_rendered: int
     tracker: Tracker | None
 
@@ -65,7 +67,7 @@ def run(config: Config, command: str, progress: Progress) -> Outcome:
         _follow(plan, tracker, progress)
         if not search.replay():
             progress.begin(search)
-            _fit(plan)
+            _fit(plan, command)
         write_history(plan)
         if search.failure is not None:
             status = "FAILED"
@@ -82,15 +84,18 @@ def run(config: Config, command: str, progress: Progress) -> Outcome:
     assert winner is not None
     assert dense is not None
     num_rendered = sum(evaluation.num_rendered for evaluation in search.evaluations)
-    return Outcome(ratios_file, winner, dense, validated(plan), num_rendered, tracker)
+    num_reranked = sum(evaluation.kind == "rerank" for evaluation in search.evaluations)
+    return Outcome(
+        ratios_file, winner, dense, validated(plan), num_reranked, num_rendered, tracker
+    )
 
 
 def _begin_folder(plan: Plan, command: str) -> None:
     """Record the settings; keep the results of an earlier search with other settings."""
     folder = plan.folder
+    record = folder / RUN_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        record = folder / RUN_FILE
         if record.exists():
             earlier = json.loads(record.read_text(encoding="utf-8"))
             if earlier.get("key") != plan.key:
@@ -100,29 +105,36 @@ def _begin_folder(plan: Plan, command: str) -> None:
                     if (folder / name).exists():
                         (folder / name).rename(kept / name)
                 log.warning("the settings have changed; the earlier results are in %s", kept)
-        raw = {
-            "key": plan.key,
-            "command": command,
-            "batch_size": plan.batch_size,
-            "config": plan.config.model_dump(mode="json"),
-        }
-        draft = folder / f".{RUN_FILE}"
-        draft.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-        draft.replace(record)
+        _record(plan, command)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: {error}: set output to a folder you may write") from error
+
+
+def _record(plan: Plan, command: str) -> None:
+    raw = {
+        "key": plan.key,
+        "command": command,
+        "batch_size": plan.search.batch_size,
+        "config": plan.config.model_dump(mode="json"),
+    }
+    draft = plan.folder / f".{RUN_FILE}"
+    draft.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    draft.replace(plan.folder / RUN_FILE)
 
 
 # --- Ray Tune --------------------------------------------------------------------------------
 
 
-def _fit(plan: Plan) -> None:
+def _fit(plan: Plan, command: str) -> None:
     """Hand the evaluations' prompt batches to Ray Tune until there are no more, or Ctrl-C."""
     from ray import tune
 
     with connect(plan.config.cluster) as resources, tempfile.TemporaryDirectory() as scratch:
         settings = plan.config.cluster
         on_gpu = "gpu" in resources
+        if plan.search.batch_size is None:
+            shared = math.ceil(plan.config.prompts.search / num_workers(resources))
+            plan.search.batch_size = min(MAX_AUTO_BATCH, shared)
         setup = TrialSetup(
             model=plan.model,
             revision=plan.recipe.revision,
@@ -130,9 +142,12 @@ def _fit(plan: Plan) -> None:
             num_steps=plan.recipe.num_steps,
             guidance_scale=plan.recipe.guidance_scale,
             poa_weight=plan.recipe.poa_weight,
+            size_conditioning=plan.recipe.told_size,
+            compile=plan.config.render.compile,
             reward=plan.recipe.reward,
+            reward_options=reward_options(plan.config),
+            reward_version=plan.recipe.reward_version,
             prompt_sets=plan.prompt_sets,
-            batch_size=plan.batch_size,
             device="cuda" if on_gpu else "cpu",
             num_threads=settings.cpus_per_trial,
         )
@@ -152,6 +167,8 @@ def _fit(plan: Plan) -> None:
                 verbose=0,
             ),
         ).fit()
+        # A worker with too little memory may have lowered the batch size.
+        _record(plan, command)
 
 
 # --- what the driver tells others --------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ray.tune.search import Searcher
 
-from crdiff_core.prompts import Prompt, PromptSet
+from crdiff_core.prompts import PromptSet
 from crdiff_core.ratios import GROUPS, BlockRatios, Group
 from search.annealing import DECIMALS
 from search.ledger import Ledger, LedgerError, Recipe
@@ -20,6 +20,8 @@ from search.ledger import Ledger, LedgerError, Recipe
 if TYPE_CHECKING:
     from crdiff_core.evaluation import Measurement
 
+# The numbers of the prompts that one trial draws.
+Batch = tuple[int, ...]
 Kind = Literal["dense", "search", "rerank", "validation", "dense validation"]
 
 METRIC = "reward"
@@ -71,11 +73,11 @@ class _Open:
     kind: Kind
     ratios: BlockRatios
     prompts: PromptSet
-    batches: list[tuple[Prompt, ...]]
     searcher_id: str | None = None
+    # Numbers of prompts: without a reward yet, and of those the ones that no trial draws yet.
     missing: set[int] = field(default_factory=set)
     todo: deque[int] = field(default_factory=deque)
-    num_failures: dict[int, int] = field(default_factory=dict)
+    num_failures: dict[Batch, int] = field(default_factory=dict)
     failure: str | None = None
     num_rendered: int = 0
 
@@ -101,6 +103,9 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
     validation of the winner are evaluations of one Tuner run, on the same loaded replicas. What
     the ledger knows is not drawn again, so running a search again replays it. The wrapped
     searcher sees only ratios and mean rewards. All prompt batches are handed out in order.
+
+    batch_size: prompts of one trial; must be set before Ray asks for one. A worker without the
+                memory for as many draws them in parts and says so, which lowers it for the rest.
     """
 
     def __init__(
@@ -110,22 +115,22 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         prompt_sets: Mapping[str, PromptSet],
         recipe: Recipe,
         ledger: Ledger,
-        batch_size: int,
         budget: Budget,
+        batch_size: int | None = None,
     ) -> None:
         super().__init__()
         self.evaluations: list[Evaluation] = []
         self.failure: str | None = None
         self.winner: Evaluation | None = None
+        self.batch_size = batch_size
         self.on_evaluation: Callable[[Evaluation], None] = lambda _: None
         self._searcher = searcher
         self._prompt_sets = prompt_sets
         self._recipe = recipe
         self._ledger = ledger
-        self._batch_size = batch_size
         self._budget = budget
         self._open: list[_Open] = []
-        self._trials: dict[str, tuple[_Open, int]] = {}
+        self._trials: dict[str, tuple[_Open, Batch]] = {}
         self._num_suggested = 0
         self._num_named = 0
         self._exhausted = False
@@ -135,15 +140,17 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next prompt batch to draw; None if there is none just now."""
+        assert self.batch_size is not None
         while not self.finished:
             for evaluation in self._open:
                 if evaluation.todo:
-                    batch = evaluation.todo.popleft()
+                    size = min(self.batch_size, len(evaluation.todo))
+                    batch = tuple(evaluation.todo.popleft() for _ in range(size))
                     self._trials[trial_id] = (evaluation, batch)
                     return {
                         "ratios": evaluation.ratios.as_dict(),
                         "prompts": evaluation.prompts.name,
-                        "batch": batch,
+                        "batch": list(batch),
                     }
             if not self._begin_next():
                 return None
@@ -165,10 +172,10 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             self.failure = str(broken)
 
     def _settle(
-        self, evaluation: _Open, batch: int, result: dict[str, Any] | None, error: bool
+        self, evaluation: _Open, batch: Batch, result: dict[str, Any] | None, error: bool
     ) -> None:
         if result is None and not error:  # Ended by Ray before it began: not its fault.
-            evaluation.todo.appendleft(batch)
+            evaluation.todo.extendleft(reversed(batch))
             return
         failure: str | None = (result or {}).get("failure")
         if result is None:
@@ -178,14 +185,17 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             measured: Measurement = result["measured"]
             self._record(evaluation, batch, measured)
             evaluation.num_rendered += len(measured.rewards)
-            evaluation.missing.discard(batch)
+            evaluation.missing.difference_update(batch)
+            if measured.batch_size < len(batch):
+                assert self.batch_size is not None
+                self.batch_size = min(self.batch_size, measured.batch_size)
         elif (
             result is not None
             and result.get("transient")
             and evaluation.num_failures.get(batch, 0) < self._budget.max_failures
         ):
             evaluation.num_failures[batch] = evaluation.num_failures.get(batch, 0) + 1
-            evaluation.todo.appendleft(batch)
+            evaluation.todo.extendleft(reversed(batch))
         else:
             self._record(evaluation, batch, failure)
             evaluation.failure = failure
@@ -218,6 +228,12 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         """How many evaluations the whole run will have, as far as is known now."""
         searched = len(self._of("search")) if self._exhausted else self._budget.max_evaluations
         return 1 + searched + self._budget.rerank_top + 2
+
+    @property
+    def num_known(self) -> int:
+        """How many pictures of the evaluations so far have their reward."""
+        partly = sum(len(e.prompts) - len(e.missing) for e in self._open)
+        return sum(len(e.prompts) for e in self.evaluations) + partly
 
     def replay(self) -> bool:
         """Go as far as the ledger reaches; return whether that is the end."""
@@ -289,24 +305,21 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         self, kind: Kind, ratios: BlockRatios, prompts: str, searcher_id: str | None = None
     ) -> None:
         prompt_set = self._prompt_sets[prompts]
-        batches = prompt_set.batches(self._batch_size)
-        evaluation = _Open(kind, ratios, prompt_set, batches, searcher_id)
+        evaluation = _Open(kind, ratios, prompt_set, searcher_id)
         key = self._recipe.key(ratios)
-        for index, batch in enumerate(batches):
-            known = [self._ledger.get(key, prompt) for prompt in batch]
-            failures = [entry.failure for entry in known if entry and entry.failure is not None]
-            if failures:
-                evaluation.failure = failures[0]
-            elif None in known:
-                evaluation.missing.add(index)
-                evaluation.todo.append(index)
+        for number, prompt in enumerate(prompt_set.prompts):
+            known = self._ledger.get(key, prompt)
+            if known is None:
+                evaluation.missing.add(number)
+                evaluation.todo.append(number)
+            elif known.failure is not None:
+                evaluation.failure = evaluation.failure or known.failure
         self._open.append(evaluation)
         self._complete_if_done(evaluation)
 
-    def _record(self, evaluation: _Open, batch: int, outcome: Measurement | str) -> None:
-        self._ledger.append(
-            self._recipe, evaluation.ratios, evaluation.batches[batch], outcome, self._batch_size
-        )
+    def _record(self, evaluation: _Open, batch: Batch, outcome: Measurement | str) -> None:
+        prompts = [evaluation.prompts.prompts[number] for number in batch]
+        self._ledger.append(self._recipe, evaluation.ratios, prompts, outcome)
 
     def _complete_if_done(self, evaluation: _Open) -> None:
         if evaluation not in self._open or (evaluation.missing and evaluation.failure is None):

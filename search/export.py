@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crdiff_core.errors import CRDiffError
+from crdiff_core.models import Model
 from crdiff_core.ratios import GROUPS, RatiosFile
 from search.config import Config, ConfigError
 from search.evaluations import Comparison, Evaluation, compare
@@ -63,6 +64,7 @@ def _provenance(plan: Plan, winner: Evaluation) -> dict[str, Any]:
     return {
         "ledger_key": winner.key,
         "recipe": asdict(plan.recipe),
+        "source": _source(plan.model),
         "num_prunable": plan.model.num_prunable(),
         "sparsity": dict(winner.sparsity),
         "searcher": plan.config.searcher.model_dump(mode="json"),
@@ -78,9 +80,18 @@ def _provenance(plan: Plan, winner: Evaluation) -> dict[str, Any]:
         "validation": {**asdict(comparison), "verdict": comparison.verdict}
         if comparison
         else None,
-        "batch_size": plan.batch_size,
+        "batch_size": plan.search.batch_size,
         "versions": {package: version(package) for package in _PACKAGES},
     }
+
+
+def _source(model: Model) -> dict[str, str]:
+    """Say where the model came from, without the paths of this machine."""
+    hub = {"hub_id": model.hub_id, "hub_revision": model.hub_revision}
+    if not model.path:
+        return hub
+    of_hub = hub if model.checkpoint else {}  # A checkpoint's configuration is the hub's.
+    return {**of_hub, "file": Path(model.path).name}
 
 
 def write_history(plan: Plan) -> None:

@@ -8,7 +8,7 @@ import logging
 import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from crdiff_core.errors import CRDiffError
 from crdiff_core.prompts import Prompt
-from crdiff_core.ratios import GROUPS, BlockRatios, Group
+from crdiff_core.ratios import GROUPS, BlockRatios, Group, Resolution
 
 if TYPE_CHECKING:
     from crdiff_core.evaluation import Measurement
@@ -35,6 +35,8 @@ class Recipe:
     """Everything, but ratios and prompt, that a reward is a function of.
 
     Two equal recipes give equal rewards, so a reward measured once is never measured again.
+
+    size_conditioning: the HEIGHTxWIDTH that SDXL is told; requested: that of the picture.
     """
 
     model: str
@@ -48,13 +50,25 @@ class Recipe:
     poa_weight: float
     reward: str
     reward_version: str
+    size_conditioning: str = "requested"
+
+    @property
+    def told_size(self) -> Resolution | None:
+        """The size that SDXL is told of its pictures; None: their own."""
+        if self.size_conditioning == "requested":
+            return None
+        return Resolution.parse(self.size_conditioning)
 
     def key(self, ratios: BlockRatios) -> str:
         """Name the evaluation of these ratios: a SHA-256 of the recipe and them."""
         # The dense model has no pruned output to amplify: one key whatever the weight.
         recipe = replace(self, poa_weight=0.0) if ratios.is_dense else self
-        parts = json.dumps({**asdict(recipe), "ratios": ratios.as_dict()}, sort_keys=True)
-        return hashlib.sha256(parts.encode()).hexdigest()
+        parts = {**asdict(recipe), "ratios": ratios.as_dict()}
+        for field in fields(recipe):
+            # What came later leaves the keys of earlier ledgers as they are.
+            if field.default is not MISSING and parts[field.name] == field.default:
+                del parts[field.name]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 SCHEMA = pa.schema(
@@ -78,6 +92,7 @@ SCHEMA = pa.schema(
         ("poa_weight", pa.float64()),
         ("reward_name", pa.string()),
         ("reward_version", pa.string()),
+        ("size_conditioning", pa.string()),
         ("batch_size", pa.int32()),
         # Of the whole batch, divided evenly among its prompts.
         ("seconds", pa.float64()),
@@ -149,7 +164,6 @@ class Ledger:
         ratios: BlockRatios,
         prompts: Sequence[Prompt],
         outcome: Measurement | str,
-        batch_size: int,
     ) -> None:
         """Write the rows of one prompt batch, durably.
 
@@ -172,7 +186,7 @@ class Ledger:
             },
             "poa_weight": 0.0 if ratios.is_dense else recipe.poa_weight,
             "reward_name": recipe.reward,
-            "batch_size": batch_size,
+            "batch_size": len(prompts) if isinstance(outcome, str) else outcome.batch_size,
             "seconds": seconds / len(prompts),
             "measured_at": datetime.now(UTC),
         }

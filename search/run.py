@@ -67,7 +67,7 @@ def _summary(outcome: Outcome) -> list[str]:
     lines = [
         "",
         f"against dense   {verdict}",
-        f"best ratios     {winner.ratios}  (down / mid / up)",
+        f"best ratios     {winner.ratios}  (down / mid / up){_chosen(outcome)}",
         f"search prompts  {winner.mean:.4f}, dense {dense.mean:.4f}, on {len(winner.prompts)}",
         f"pictures        {drawn}",
         f"ratios file     {outcome.ratios_file}",
@@ -78,6 +78,29 @@ def _summary(outcome: Outcome) -> list[str]:
     elif tracker is not None:
         lines.append(f"dashboard       {tracker.dashboard_command}")
     return lines
+
+
+def _chosen(outcome: Outcome) -> str:
+    """Say why the winner is not the best of the search, where it is not."""
+    if outcome.num_reranked < 2:
+        return ""
+    return f", the best of {outcome.num_reranked} on fresh prompts"
+
+
+def _search(config: Config, console: Console) -> list[str]:
+    # Ray, MLflow and Optuna take seconds to import: not for --help or a misspelt key.
+    from search.driver import run
+    from search.progress import Progress
+
+    return _summary(run(config, _command(), Progress(console)))
+
+
+def _estimate(config: Config) -> list[str]:
+    from search.estimate import estimate
+    from search.plan import Plan
+
+    print("loading the model and timing a trial ...", file=sys.stderr, flush=True)
+    return estimate(Plan.make(config)).lines()
 
 
 def _command() -> str:
@@ -100,17 +123,14 @@ def main() -> int:
     """Run the search that the command line describes; return the exit code."""
     # Hydra then raises what it would else print over many lines.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.captureWarnings(True)
     try:
         config = _compose()
         prepare_environment(config.cluster)
-        # Ray, MLflow and Optuna take seconds to import: not for --help or a misspelt key.
-        from search.driver import run
-        from search.progress import Progress
-
         console = Console(highlight=False, soft_wrap=True)
-        for line in _summary(run(config, _command(), Progress(console))):
+        for line in _estimate(config) if config.dry_run else _search(config, console):
             console.print(line)
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import tune
 
-from crdiff_core.errors import CRDiffError, ModelError
+from crdiff_core.errors import CRDiffError, ModelError, RewardError
 from crdiff_core.models import Model
 from crdiff_core.prompts import PromptSet
 from crdiff_core.ratios import BlockRatios, Resolution
@@ -18,9 +18,11 @@ from crdiff_core.ratios import BlockRatios, Resolution
 class TrialSetup:
     """All that an actor needs to draw and score, sent to it once.
 
-    revision:    of the model's weights as the driver sees them.
-    device:      auto, cpu or cuda.
-    num_threads: CPU threads for torch.
+    revision:          of the model's weights as the driver sees them.
+    size_conditioning: what SDXL is told of a picture's size; None: the resolution.
+    reward_options:    of `crdiff_core.rewards.load_reward`, and the version they give the driver.
+    device:            auto, cpu or cuda.
+    num_threads:       CPU threads for torch.
     """
 
     model: Model
@@ -29,9 +31,12 @@ class TrialSetup:
     num_steps: int
     guidance_scale: float
     poa_weight: float
+    size_conditioning: Resolution | None
+    compile: str
     reward: str
+    reward_options: Mapping[str, str]
+    reward_version: str
     prompt_sets: Mapping[str, PromptSet]
-    batch_size: int
     device: str
     num_threads: int
 
@@ -53,9 +58,7 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
 
         torch.set_num_threads(setup.num_threads)
         self._broken: str | None = None
-        self._batches = {
-            name: prompts.batches(setup.batch_size) for name, prompts in setup.prompt_sets.items()
-        }
+        self._prompts = {name: each.prompts for name, each in setup.prompt_sets.items()}
         try:
             if setup.model.revision != setup.revision:
                 raise ModelError(
@@ -63,14 +66,20 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
                     f"the driver's {setup.revision}: give every node the same weights"
                 )
             self._replica = Replica(
-                setup.model,
+                setup.model.load(choose_device(setup.device)),
                 setup.resolution,
                 num_steps=setup.num_steps,
                 guidance_scale=setup.guidance_scale,
                 poa_weight=setup.poa_weight,
-                device=choose_device(setup.device),
+                size_conditioning=setup.size_conditioning,
+                compile=setup.compile,
             )
-            self._reward = load_reward(setup.reward)
+            self._reward = load_reward(setup.reward, **setup.reward_options)
+            if self._reward.version != setup.reward_version:
+                raise RewardError(
+                    f"reward {setup.reward} on this node is version {self._reward.version}, not "
+                    f"the driver's {setup.reward_version}: give every node the same weights"
+                )
         except CRDiffError as error:
             self._broken = str(error)
 
@@ -85,7 +94,8 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
         if self._broken is not None:
             return {"failure": self._broken, "transient": False, "done": True}
         ratios = BlockRatios(**self.config["ratios"])
-        prompts = self._batches[self.config["prompts"]][self.config["batch"]]
+        numbered = self._prompts[self.config["prompts"]]
+        prompts = [numbered[number] for number in self.config["batch"]]
         try:
             measured = evaluate(self._replica, ratios, prompts, self._reward)
         except CRDiffError as error:

@@ -11,6 +11,8 @@ os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
 os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What a person has in the real one must not decide over a test.
+os.environ["HF_HUB_CACHE"] = os.path.join(tempfile.gettempdir(), "crdiff-tests-without-hub-cache")
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +38,19 @@ def local_ray(ray_tmpdir):
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory):
+    """A small Stable Diffusion pipeline with random weights."""
+    from tests.pipelines import save_sd
+
+    return save_sd(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory):
+    """A small Stable Diffusion XL pipeline with random weights."""
+    from tests.pipelines import save_sdxl
+
+    return save_sdxl(tmp_path_factory.mktemp("sdxl"))

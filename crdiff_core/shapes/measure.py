@@ -43,12 +43,11 @@ class Measuring:
 
     def __init__(self, options: argparse.Namespace, resolution: str) -> None:
         self.replica = Replica(
-            Model("shapes", path=str(options.model or "")),
+            Model("shapes", path=str(options.model or "")).load(choose_device(options.device)),
             Resolution.parse(resolution),
             num_steps=options.steps,
             guidance_scale=options.guidance,
             poa_weight=options.poa_weight,
-            device=choose_device(options.device),
         )
         self.reward = ShapesReward()
         self.seconds: list[float] = []

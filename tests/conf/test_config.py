@@ -1,3 +1,5 @@
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,68 @@ def composed(*overrides):
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS)
 def test_every_option_composes(group, name):
-    assert getattr(composed(f"{group}={name}"), group).name == name
+    config = composed(f"{group}={name}")
+    if group != "experiment":  # An experiment sets others and is none itself.
+        assert getattr(config, group).name == name
+
+
+TABLES = Path(__file__).parent / "paper_cells.json"
+CELLS = [
+    (cell["model"], f"{cell['height']}x{cell['width']}", tuple(cell["ratios"].values()))
+    for cell in json.loads(TABLES.read_text())
+]
+
+
+@pytest.mark.parametrize(("model", "res", "ratios"), CELLS)
+def test_every_cell_of_the_paper_is_in_conf_with_its_ratios(model, res, ratios):
+    config = composed(f"model={model}", f"res={res}")
+
+    assert str(config.res) == res
+    assert config.model.paper_ratios[res] == ratios
+
+
+def test_conf_has_the_papers_13_cells_and_no_others():
+    found = [
+        (model, res)
+        for model in ("sdxl", "sd15", "sd21")
+        for res in composed(f"model={model}").model.paper_ratios
+    ]
+
+    assert sorted(found) == sorted((model, res) for model, res, _ in CELLS)
+    assert len(found) == 13
+
+
+@pytest.mark.parametrize("model", ["sdxl", "sd15", "sd21"])
+def test_a_real_model_brings_its_reward_and_prompts(model):
+    config = composed(f"model={model}", "res=480x360")
+
+    assert (config.reward.name, config.prompts.name) == ("image_reward", "everyday")
+    assert (config.render.num_steps, config.render.guidance_scale) == (30, 7.5)
+
+
+def test_what_a_model_brings_can_be_chosen_otherwise():
+    config = composed("model=sdxl", "reward=image_reward_package", "prompts=coco")
+
+    assert (config.reward.name, config.prompts.name) == ("image_reward_package", "coco")
+
+
+@pytest.mark.parametrize("model", ["sdxl", "sd15", "sd21"])
+def test_a_real_model_is_pinned_to_a_commit(model):
+    settings = composed(f"model={model}").model
+
+    assert re.fullmatch(r"[0-9a-f]{40}", settings.hub_revision)
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+", settings.hub_id)
+
+
+def test_the_papers_experiment_is_the_reference_implementations_search():
+    config = composed("experiment=paper", "model=sd15", "res=400x560")
+
+    assert config.model.name == "sd15"
+    assert (config.reward.name, config.prompts.name) == ("image_reward", "reference")
+    assert (config.poa_weight, config.prompts.search, config.prompts.seed) == (1.0, 2, 24432)
+    assert (config.searcher.max_evaluations, config.searcher.start_from_paper) == (120, False)
+    assert config.searcher.bounds.space == dict.fromkeys(("down", "mid", "up"), (0.1, 0.8))
+    assert config.model.dtype == "float16"
 
 
 def test_the_defaults_of_annealing_are_the_reference_implementations():
@@ -79,6 +142,9 @@ def test_settings_survive_json():
         ("poa_weight=nan", "poa_weight: input should be a finite number"),
         ("res=24", "res: resolution 24 is not HEIGHTxWIDTH: write it as 480x360"),
         ("+foo=1", "foo: there is no such setting"),
+        ("render.compile=fast", "render.compile: input should be 'none', 'blocks' or 'graphs'"),
+        ("render.size_conditioning=big", "render.size_conditioning: input should be 'requested'"),
+        ("cluster.gpu_hour_price=-1", "cluster.gpu_hour_price: input should be greater than"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_the_setting(override, message):

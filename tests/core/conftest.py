@@ -11,19 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from crdiff_core.models import Model
-from tests.pipelines import save_sd, save_sdxl
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="session")
-def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_sd(tmp_path_factory.mktemp("sd"))
-
-
-@pytest.fixture(scope="session")
-def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_sdxl(tmp_path_factory.mktemp("sdxl"))
 
 
 @pytest.fixture(scope="session")

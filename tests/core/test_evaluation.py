@@ -53,12 +53,11 @@ class Fixed(Brightness):
 @pytest.fixture(scope="module")
 def replica(sd_folder: Path) -> Replica:
     return Replica(
-        Model("small", str(sd_folder)),
+        Model("small", str(sd_folder)).load(CPU),
         Resolution(16, 16),
         num_steps=2,
         guidance_scale=3.0,
         poa_weight=1.5,
-        device=CPU,
     )
 
 

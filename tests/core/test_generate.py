@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from crdiff_core import generate
+from crdiff_core.errors import CRDiffError, ModelError
 from crdiff_core.generate import GAP
 from crdiff_core.models import Model
 from crdiff_core.prompts import Prompt, noise_seed
@@ -34,12 +35,11 @@ def ratios_file(sd_folder, tmp_path_factory):
 def expected(sd_folder):
     """What a replica of our own draws, dense and pruned: (2, N, 3, H, W)."""
     replica = Replica(
-        Model("small", str(sd_folder)),
+        Model("small", str(sd_folder)).load(torch.device("cpu")),
         Resolution(16, 24),
         num_steps=2,
         guidance_scale=3.0,
         poa_weight=1.5,
-        device=torch.device("cpu"),
     )
     prompts = [Prompt(text, "", noise_seed(text, 0)) for text in PROMPTS]
     columns = []
@@ -110,6 +110,47 @@ def test_the_sheet_has_room_for_titles_captions_and_pictures(sd_folder):
     assert sheet.size == (2 * 24 * 12 + 3 * GAP, GAP + line + GAP + line + 16 * 12 + GAP)
 
 
+def parsed(*options):
+    return generate._drawing(generate._parser().parse_args([*map(str, options)]))
+
+
+def written(path, model="small", **provenance):
+    """A ratios file with that provenance."""
+    RatiosFile(model, Resolution(16, 24), 0.5, RATIOS, 1.5, provenance).write(path)
+    return path
+
+
+def test_the_model_of_the_search_is_the_default(tmp_path):
+    file = written(tmp_path / "best.json", "shapes", source={"hub_id": "", "hub_revision": ""})
+    drawing = parsed("--ratios", file, "--prompt", "a cat")
+
+    assert drawing.model == Model("shapes")
+
+
+def test_a_hub_model_of_the_search_is_the_default(tmp_path):
+    source = {"hub_id": "owner/name", "hub_revision": "0123abc"}
+    file = written(tmp_path / "best.json", source=source)
+    with pytest.raises(ModelError, match="hf download owner/name --revision 0123abc"):
+        parsed("--ratios", file, "--prompt", "a cat")
+
+
+def test_a_local_model_of_the_search_must_be_given(tmp_path):
+    file = written(tmp_path / "best.json", source={"file": "mine"})
+    with pytest.raises(CRDiffError, match="no --model: give"):
+        parsed("--ratios", file, "--prompt", "a cat")
+
+
+def test_sdxl_is_told_the_size_it_was_told_in_the_search(tmp_path, sd_folder, sdxl_folder):
+    recipe = {"size_conditioning": "64x64"}
+    file = written(tmp_path / "best.json", recipe=recipe)
+    told = [
+        parsed("--model", folder, "--ratios", file, "--prompt", "a cat").told_size
+        for folder in (sdxl_folder, sd_folder)
+    ]
+
+    assert told == [Resolution(64, 64), None]
+
+
 def test_the_recipe_of_the_search_is_the_default_and_options_come_first(sd_folder, ratios_file):
     def drawing(*options):
         given = ["--model", str(sd_folder), "--ratios", str(ratios_file), "--prompt", "a cat"]
@@ -127,7 +168,7 @@ def test_the_recipe_of_the_search_is_the_default_and_options_come_first(sd_folde
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--prompt x", "the following arguments are required: --model"),
+        ("--down .3 --mid .3 --up .3 --res 8x8 --prompt x", "no --model: give shapes, a folder"),
         ("--model MODEL --prompt x", "no --down --mid --up: give --ratios FILE"),
         ("--model MODEL --down .3 --prompt x", "no --mid --up: give --ratios FILE"),
         ("--model MODEL --ratios FILE --up .3 --prompt x", "give either the file or the three"),

@@ -33,8 +33,9 @@ RATIOS = BlockRatios(0.4, 0.6, 0.5)
 def load(
     folder: Path, resolution: str = "16x24", dtype: str = "float32", **changes: Any
 ) -> Replica:
-    settings = {"num_steps": 2, "guidance_scale": 3.0, "poa_weight": 1.5, "device": CPU, **changes}
-    return Replica(Model("small", str(folder), dtype), Resolution.parse(resolution), **settings)
+    settings = {"num_steps": 2, "guidance_scale": 3.0, "poa_weight": 1.5, **changes}
+    pipe = Model("small", str(folder), dtype).load(CPU)
+    return Replica(pipe, Resolution.parse(resolution), **settings)
 
 
 @pytest.fixture
@@ -261,11 +262,10 @@ def test_one_nan_pixel_is_enough(sd_replica):
         sd_replica.render([CAT])
 
 
-# What is refused before anything is loaded
+# What is refused
 
 
-def test_a_resolution_that_cannot_be_drawn_is_refused_before_loading(sd_folder, monkeypatch):
-    monkeypatch.setattr(Model, "load", lambda *_: pytest.fail("loaded"))
+def test_a_resolution_that_cannot_be_drawn_is_refused(sd_folder):
     with pytest.raises(ModelError, match="resolution 16x20 is not divisible by 8"):
         load(sd_folder, "16x20")
 
@@ -290,3 +290,140 @@ def test_an_unknown_device_is_refused_in_one_line():
         ModelError, match=r"^device 'tpu9000x' is unknown: set cluster.device=auto"
     ):
         choose_device("tpu9000x")
+
+
+# Memory
+
+
+def short_of_memory(replica: Replica, at_most: int) -> list[int]:
+    """Let the dense UNet run out of memory for more pictures; return the batch sizes tried."""
+    tried: list[int] = []
+
+    def refuse(_: Any, args: tuple[Tensor, ...]) -> None:
+        size = len(args[0]) // 2  # Guidance doubles the batch.
+        if not tried or tried[-1] != size:
+            tried.append(size)
+        if size > at_most:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+    replica.denoiser.dense.register_forward_pre_hook(refuse)
+    return tried
+
+
+def test_too_little_memory_halves_the_batch_and_draws_the_same(replica):
+    prompts = [Prompt(f"a cat {word}", f"t{i}", i) for i, word in enumerate("a b c d e".split())]
+    replica.set_ratios(RATIOS)
+    expected = replica.render(prompts)
+    tried = short_of_memory(replica, at_most=1)
+    torch.testing.assert_close(replica.render(prompts), expected, atol=1e-5, rtol=0)
+    assert tried[:3] == [5, 2, 1]
+    assert replica.batch_limit == 1
+
+
+def test_a_batch_that_did_not_fit_is_not_tried_again(sd_replica):
+    tried = short_of_memory(sd_replica, at_most=2)
+    sd_replica.render([CAT, DOG, FOX])
+    del tried[:]
+    sd_replica.render([CAT, DOG, FOX])
+    assert max(tried) <= 2
+
+
+def test_a_picture_that_does_not_fit_alone_is_refused_in_one_line(sd_replica):
+    short_of_memory(sd_replica, at_most=0)
+    with pytest.raises(RenderError, match=r"^one 16x24 picture does not fit into the memory of"):
+        sd_replica.render([CAT, DOG])
+
+
+# SDXL's size conditioning
+
+
+@contextmanager
+def time_ids(replica: Replica) -> Iterator[list[list[float]]]:
+    """The six numbers that SDXL's UNet is told of a picture's size, for each picture."""
+    seen: list[list[float]] = []
+    handle = replica.denoiser.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.extend(kwargs["added_cond_kwargs"]["time_ids"].tolist()),
+        with_kwargs=True,
+    )
+    yield seen
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "told"),
+    [(None, [16, 24, 0, 0, 16, 24]), (Resolution(64, 64), [64, 64, 0, 0, 64, 64])],
+    ids=["requested", "native"],
+)
+def test_sdxl_is_told_the_size_asked_for(sdxl_folder, conditioning, told):
+    replica = load(sdxl_folder, size_conditioning=conditioning)
+    with time_ids(replica) as seen:
+        replica.render([CAT])
+    assert seen
+    assert all(each == told for each in seen)
+
+
+def test_the_size_that_sdxl_is_told_changes_its_pictures(sdxl_folder):
+    requested = load(sdxl_folder).render([CAT])
+    native = load(sdxl_folder, size_conditioning=Resolution(1024, 1024)).render([CAT])
+    assert not torch.equal(native, requested)
+
+
+def test_a_model_without_size_conditioning_refuses_one(sd_folder):
+    with pytest.raises(ModelError, match="is not told a picture's size"):
+        load(sd_folder, size_conditioning=Resolution(64, 64))
+
+
+# Compilation
+
+
+def test_an_unknown_way_to_compile_is_refused(sd_folder):
+    with pytest.raises(ModelError, match=r"compile 'max' is unknown: give none, blocks, graphs"):
+        load(sd_folder, compile="max")
+
+
+@pytest.mark.parametrize("how", ["blocks", pytest.param("graphs", marks=pytest.mark.slow)])
+def test_new_ratios_compile_nothing_anew(folder, how, monkeypatch):
+    # The tracing is what decides over recompilation; the backend only takes time.
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda module, **options: compile_module(
+            module, backend="eager", fullgraph=options["fullgraph"]
+        ),
+    )
+    torch._dynamo.reset()
+    plain, compiled = load(folder), load(folder, compile=how)
+    compiled.set_ratios(RATIOS)
+    compiled.render([CAT, DOG])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for ratios in (BlockRatios(0.1, 0.2, 0.3), BlockRatios(), RATIOS):
+            for replica in (plain, compiled):
+                replica.set_ratios(ratios)
+            torch.testing.assert_close(
+                compiled.render([CAT, DOG]), plain.render([CAT, DOG]), atol=1e-4, rtol=0
+            )
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["blocks", "graphs"])
+def test_inductors_pictures_are_the_plain_ones(folder, how):
+    torch._dynamo.reset()
+    plain, compiled = load(folder), load(folder, compile=how)
+    for ratios in (RATIOS, BlockRatios(0.1, 0.2, 0.3)):
+        for replica in (plain, compiled):
+            replica.set_ratios(ratios)
+        torch.testing.assert_close(
+            compiled.render([CAT, DOG]), plain.render([CAT, DOG]), atol=1e-4, rtol=0
+        )
+    torch._dynamo.reset()
+
+
+# Attention
+
+
+def test_attention_runs_by_sdpa(replica):
+    for unet in (replica.denoiser.dense, replica.denoiser.pruned):
+        kinds = {type(processor).__name__ for processor in unet.attn_processors.values()}
+        assert kinds == {"AttnProcessor2_0"}

@@ -32,6 +32,7 @@ def test_it_prints_verdict_ratios_and_how_to_go_on(finished):
     lines = {line.split("  ")[0] for line in finished.printed.splitlines()}
 
     assert {"against dense", "best ratios", "search prompts", "ratios file", "dashboard"} <= lines
+    assert "(down / mid / up), the best of 3 on fresh prompts" in finished.printed
     # Dense and four triples on 8 prompts, the best three on 4, winner and dense on 8.
     assert drawn(finished.printed) == 5 * 8 + 3 * 4 + 2 * 8
 
@@ -150,15 +151,14 @@ def test_rewards_do_not_depend_on_who_draws_them(finished):
     plan.search.replay()
     winner = plan.search.winner
     replica = Replica(
-        plan.model,
+        plan.model.load(torch.device("cpu")),
         plan.config.res,
         num_steps=plan.recipe.num_steps,
         guidance_scale=plan.recipe.guidance_scale,
         poa_weight=plan.recipe.poa_weight,
-        device=torch.device("cpu"),
     )
     reward = load_reward("shapes")
-    batches = winner.prompts.batches(plan.batch_size)
+    batches = winner.prompts.batches(plan.search.batch_size)
     rewards = [
         value
         for batch in batches

@@ -45,7 +45,8 @@ def reward_of(ratios, prompt):
 def measure(ratios, prompts):
     """Stand in for a trial's drawing and scoring."""
     rewards = tuple(reward_of(ratios, prompt) for prompt in prompts)
-    return Measurement(rewards, ratios.as_dict(), {"prune": 0.0, "render": 1.0, "score": 0.0})
+    seconds = {"prune": 0.0, "render": 1.0, "score": 0.0}
+    return Measurement(rewards, ratios.as_dict(), seconds, len(prompts))
 
 
 def make_search(folder, searcher="annealing", max_evaluations=20, retry_failed=False, **budget):
@@ -83,7 +84,8 @@ def work(search, num_workers=1, outcome=None, max_trials=10_000, seed=0):
         running.rotate(chance.randrange(len(running)))
         trial_id, config = running.popleft()
         ratios = BlockRatios(**config["ratios"])
-        prompts = PROMPTS[config["prompts"]].batches(3)[config["batch"]]
+        prompts = PROMPTS[config["prompts"]].prompts
+        prompts = tuple(prompts[number] for number in config["batch"])
         reported = {"measured": measure(ratios, prompts)} if outcome is None else None
         search.on_trial_complete(trial_id, reported or outcome(ratios, prompts))
         count += 1

@@ -1,6 +1,7 @@
 import math
 import pickle
 import statistics
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from crdiff_core.ratios import BlockRatios
 from search.evaluations import compare
 from search.ledger import Ledger
-from tests.search.landscapes import PROMPTS, RECIPE, course, make_search, reward_of, work
+from tests.search.landscapes import PROMPTS, RECIPE, course, make_search, measure, reward_of, work
 
 BATCHES = {"search": 3, "rerank": 3, "validation": 4}
 
@@ -133,8 +134,6 @@ def test_retry_failed_draws_failed_evaluations_again(tmp_path):
 
 
 def test_a_transient_failure_is_tried_again_for_just_its_batch(tmp_path):
-    from tests.search.landscapes import measure
-
     seen = set()
 
     def flaky(ratios, prompts):
@@ -149,6 +148,42 @@ def test_a_transient_failure_is_tried_again_for_just_its_batch(tmp_path):
 
     assert num_trials == 2 * work(whole)
     assert course(search) == course(whole)
+
+
+def test_a_worker_with_too_little_memory_lowers_the_batch_size_for_the_rest(tmp_path):
+    sizes = []
+
+    def short_of_memory(ratios, prompts):
+        sizes.append(len(prompts))
+        return {"measured": replace(measure(ratios, prompts), batch_size=min(2, len(prompts)))}
+
+    search = make_search(tmp_path)
+    work(search, outcome=short_of_memory)
+    whole = make_search(tmp_path / "whole")
+    work(whole)
+
+    assert sizes[0] == 3
+    assert set(sizes[1:]) == {2, 1}
+    assert search.batch_size == 2
+    assert course(search) == course(whole)
+
+
+def test_the_last_batch_of_a_set_lowers_nothing(tmp_path):
+    search = make_search(tmp_path)
+    work(search)
+
+    assert search.batch_size == 3
+
+
+def test_the_batch_size_changes_no_reward(tmp_path):
+    courses = []
+    for size in (1, 4, 100):
+        search = make_search(tmp_path / str(size))
+        search.batch_size = size
+        work(search)
+        courses.append(course(search))
+
+    assert courses[0] == courses[1] == courses[2]
 
 
 def test_a_transient_failure_that_stays_fails_the_evaluation(tmp_path):

@@ -1,5 +1,7 @@
+import hashlib
+import json
 import logging
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,12 +14,12 @@ from tests.search.landscapes import RECIPE
 
 RATIOS = BlockRatios(0.3, 0.2, 0.1)
 PROMPTS = (Prompt("a 'quoted' \n prompt 🎨", "p0", 7), Prompt("another", "p1", 8))
-MEASURED = Measurement((0.25, -1.5), {"down": 0.3, "mid": 0.2, "up": 0.1}, {"render": 2.0})
+MEASURED = Measurement((0.25, -1.5), {"down": 0.3, "mid": 0.2, "up": 0.1}, {"render": 2.0}, 2)
 
 
 def written(folder, outcome=MEASURED, **kwargs):
     ledger = Ledger(folder, **kwargs)
-    ledger.append(RECIPE, RATIOS, PROMPTS, outcome, batch_size=2)
+    ledger.append(RECIPE, RATIOS, PROMPTS, outcome)
     return ledger
 
 
@@ -118,9 +120,31 @@ def test_a_write_that_fails_keeps_what_was_there_and_no_draft(tmp_path, monkeypa
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(LedgerError, match="No space left on device: free space there"):
-        ledger.append(RECIPE, BlockRatios(), PROMPTS, MEASURED, batch_size=2)
+        ledger.append(RECIPE, BlockRatios(), PROMPTS, MEASURED)
     monkeypatch.undo()
 
     assert Ledger(tmp_path).table().num_rows == 2
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert ledger.get(RECIPE.key(BlockRatios()), PROMPTS[0]) is None
+
+
+def test_ledgers_from_before_size_conditioning_still_count(tmp_path):
+    written(tmp_path)
+    file = next(tmp_path.glob("*.parquet"))
+    pq.write_table(pq.read_table(file).drop_columns(["size_conditioning"]), file)
+
+    assert Ledger(tmp_path).get(RECIPE.key(RATIOS), PROMPTS[0]).reward == 0.25
+
+
+def test_the_key_is_of_what_a_reward_depended_on_at_first(tmp_path):
+    parts = {**asdict(RECIPE), "ratios": RATIOS.as_dict()}
+    del parts["size_conditioning"]
+    expected = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    assert RECIPE.key(RATIOS) == expected
+
+
+def test_a_batch_drawn_in_parts_says_how_many_at_once(tmp_path):
+    written(tmp_path, replace(MEASURED, batch_size=1))
+
+    assert Ledger(tmp_path).table()["batch_size"].to_pylist() == [1, 1]

@@ -32,7 +32,7 @@ def search(monkeypatch, capsys):
         ("res.widht=3", "res.widht: there is no such setting"),
         ("modle=shapes", "modle: there is no such setting"),
         ("searcher=random searcher.cooling=.9", "searcher.cooling: there is no such setting"),
-        ("model=nope", "model=nope is unknown: choose one of shapes"),
+        ("model=nope", "model=nope is unknown: choose one of sd15, sd21, sdxl, shapes"),
         ("searcher=nope", "searcher=nope is unknown: choose one of annealing, random"),
         (
             "res=25x40",
@@ -49,6 +49,24 @@ def search(monkeypatch, capsys):
         ("model._target_=os.system", "model._target_: there is no such setting"),
         ("=3", "write KEY=VALUE"),
         ("-m seed=1,2", "one search at a time"),
+        ("prompts.text=a prompts.path=b", "prompts: text and path are both given: choose one"),
+        (
+            "prompts=coco",
+            "coco5k.parquet is not there: make it with python -m crdiff_core.",
+        ),
+        ("render.size_conditioning=native", "shapes is not told a picture's size, only SDXL is"),
+        (
+            "reward=nope",
+            "reward=nope is unknown: choose one of image_reward, image_r",
+        ),
+        (
+            "model=sdxl res=480x360",
+            "stabilityai/stable-diffusion-xl-base-1.0 at revision 462165984030 is not in this "
+            "machine's Hugging Face cache: fetch it with: hf download stabilityai/",
+        ),
+        ("model=sd15 model.path=/no/such.safetensors", "/no/such.safetensors does not exist"),
+        ("model=sd15 model.path=/no/such.ckpt", "/no/such.ckpt is a pickle, which can run code"),
+        ("reward=image_reward", "hf download zai-org/ImageReward"),
     ],
 )
 def test_a_mistake_is_one_clear_line_and_exit_code_2(search, tmp_path, arguments, message):
@@ -76,7 +94,8 @@ def test_help_names_models_resolutions_searchers_and_examples(search):
     code, out, _ = search("--help")
 
     assert code in {0, None}
-    for part in ("model: shapes", "searcher: annealing, random", "HEIGHTxWIDTH", "Examples:"):
+    models, searchers = "model: sd15, sd21, sdxl, shapes", "searcher: annealing, random"
+    for part in (models, searchers, "HEIGHTxWIDTH", "Examples:"):
         assert part in out
 
 

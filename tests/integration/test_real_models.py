@@ -1,0 +1,86 @@
+"""Searches of the real model families, on small pipelines of their own classes."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow import MlflowClient
+
+import crdiff_core
+from crdiff_core.models import Model
+from search.export import load_plan
+from tests.integration.conftest import search
+from tests.integration.test_search import drawn
+
+SIZE = (16, 24)
+
+
+@pytest.fixture(scope="module", params=["sdxl", "sd15"])
+def searched(request, tmp_path_factory, environment, sd_folder, sdxl_folder):
+    """One search of each: its name, its model's folder, its own folder and what it printed."""
+    folder = {"sdxl": sdxl_folder, "sd15": sd_folder}[request.param]
+    output = tmp_path_factory.mktemp(request.param)
+    _, done = search(
+        output,
+        environment,
+        f"model={request.param}",
+        f"model.path='{folder}'",
+        "model.dtype=float32",
+        "res=16x24",
+        # The captions' detector stands in for ImageReward, whose weights are gigabytes.
+        "reward=shapes",
+        "prompts=shapes",
+        "render.num_steps=2",
+        *(("render.size_conditioning=native",) if request.param == "sdxl" else ()),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return request.param, folder, output, done.stdout
+
+
+def run_folder(name, output):
+    return output / f"{name}_16x24" / "annealing-seed0"
+
+
+def test_the_ledger_has_a_reward_for_every_picture_drawn(searched):
+    name, _, output, printed = searched
+    rows = pq.read_table(output / f"{name}_16x24" / "ledger").to_pylist()
+
+    assert len(rows) == drawn(printed) > 0
+    assert all(row["reward"] is not None and row["failure"] is None for row in rows)
+    assert {row["size_conditioning"] for row in rows} == {
+        "1024x1024" if name == "sdxl" else "requested"
+    }
+
+
+def test_mlflow_has_an_evaluation_for_every_ratio_triple(searched):
+    name, _, output, _ = searched
+    client = MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("crdiff-search")
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "crdiff.run" in run.data.tags]
+
+    assert [run.info.status for run in runs] == ["FINISHED"] * len(runs)
+    assert [run.data.tags["model"] for run in parents] == [name]
+    assert len(runs) == 1 + 10
+
+
+def test_the_exported_file_works_in_diffusers_code(searched):
+    name, folder, output, _ = searched
+    path = run_folder(name, output) / "best_ratios.json"
+    exported = json.loads(path.read_text())
+    pipe = Model(name, str(folder)).load(torch.device("cpu"))
+    crdiff_core.apply(pipe, path)
+    image = pipe("a cat", height=16, width=24, num_inference_steps=2).images[0]
+
+    assert exported["model_config"] == {"name": name, "width": 24, "height": 16}
+    assert pipe.unet.replica.sparsity() == pytest.approx(exported["provenance"]["sparsity"])
+    assert image.size == (24, 16)
+
+
+def test_the_batch_size_is_recorded_with_the_run(searched):
+    name, _, output, _ = searched
+    record = json.loads((run_folder(name, output) / "run.json").read_text())
+
+    assert record["batch_size"] >= 1
+    assert load_plan(run_folder(name, output)).search.batch_size == record["batch_size"]
