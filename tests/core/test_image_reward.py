@@ -46,14 +46,17 @@ class SmallImageReward(ImageReward):
     _architecture = SMALL
 
 
-def random_weights(seed: int = 0) -> dict[str, Tensor]:
-    """A state dict with the names and shapes that ImageReward.pt has, at the small sizes."""
-    size = SMALL
+def random_weights(
+    seed: int = 0, size: Architecture = SMALL, scale: float = 0.4
+) -> dict[str, Tensor]:
+    """A state dict with the names and shapes that ImageReward.pt has, at these sizes."""
+    patch = size.patch_size
+    num_patches = (size.image_size // patch) ** 2
     vision, text, mlp = size.vision_width, size.text_width, size.text_mlp_width
     shapes: dict[str, tuple[int, ...]] = {
         "blip.visual_encoder.cls_token": (1, 1, vision),
-        "blip.visual_encoder.pos_embed": (1, 17, vision),
-        "blip.visual_encoder.patch_embed.proj.weight": (vision, 3, 8, 8),
+        "blip.visual_encoder.pos_embed": (1, num_patches + 1, vision),
+        "blip.visual_encoder.patch_embed.proj.weight": (vision, 3, patch, patch),
         "blip.visual_encoder.patch_embed.proj.bias": (vision,),
         "blip.text_encoder.embeddings.word_embeddings.weight": (size.vocab_size, text),
         "blip.text_encoder.embeddings.position_embeddings.weight": (512, text),
@@ -93,7 +96,7 @@ def random_weights(seed: int = 0) -> dict[str, Tensor]:
         linear(f"mlp.layers.{position}", inputs, outputs)
     generator = torch.Generator().manual_seed(seed)
     weights = {
-        name: torch.randn(shape, generator=generator) * (0.4 if len(shape) > 1 else 0.1)
+        name: torch.randn(shape, generator=generator) * (scale if len(shape) > 1 else scale / 4)
         for name, shape in shapes.items()
     }
     for name in weights:

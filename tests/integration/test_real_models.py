@@ -9,7 +9,9 @@ from mlflow import MlflowClient
 
 import crdiff_core
 from crdiff_core.models import Model
+from crdiff_core.rewards.image_reward import Architecture
 from search.export import load_plan
+from tests.core.test_image_reward import random_weights
 from tests.integration.conftest import search
 from tests.integration.test_search import drawn
 
@@ -84,3 +86,33 @@ def test_the_batch_size_is_recorded_with_the_run(searched):
 
     assert record["batch_size"] >= 1
     assert load_plan(run_folder(name, output)).search.batch_size == record["batch_size"]
+
+
+@pytest.mark.slow
+def test_sdxl_is_searched_by_imagereward_of_full_size(tmp_path, environment, sdxl_folder):
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocabulary = ["[PAD]", *(f"[unused{i}]" for i in range(99))]
+    vocabulary += ["[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    vocabulary += [f"[more{i}]" for i in range(30522 - len(vocabulary))]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    torch.save(random_weights(0, Architecture(), 0.03), tmp_path / "ImageReward.pt")
+    _, done = search(
+        tmp_path / "runs",
+        environment,
+        "model=sdxl",
+        f"model.path='{sdxl_folder}'",
+        "model.dtype=float32",
+        "res=16x24",
+        f"reward.path='{tmp_path / 'ImageReward.pt'}'",
+        f"reward.tokenizer='{tmp_path}'",
+        "render.num_steps=2",
+        "searcher.max_evaluations=2",
+        "prompts.search=2",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = pq.read_table(tmp_path / "runs" / "sdxl_16x24" / "ledger").to_pylist()
+
+    assert {row["reward_name"] for row in rows} == {"image_reward"}
+    assert all(row["reward_version"].startswith("v1.0-") for row in rows)
+    assert len({row["reward"] for row in rows}) > 2
+    (tmp_path / "ImageReward.pt").unlink()  # Gigabytes, which pytest would keep.
