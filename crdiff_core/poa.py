@@ -60,13 +60,14 @@ class POADenoiser(nn.Module):
                      each kind of transformer block is compiled once, in seconds.
         """
         # Each width of a UNet is a version of the same block's code, and so is each batch size.
+        # Left to itself, torch would take the second width as a sign that widths vary.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         unets: tuple[Any, Any] = (self.dense, self.pruned)
         for unet in unets:
             if cuda_graphs:
-                unet.compile(mode="reduce-overhead", fullgraph=True)
+                unet.compile(mode="reduce-overhead", fullgraph=True, dynamic=False)
             else:
-                unet.compile_repeated_blocks(fullgraph=True)
+                unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
         self._cuda_graphs = cuda_graphs
 
     def forward(

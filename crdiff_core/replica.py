@@ -41,6 +41,11 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # cuBLAS and cuDNN say it in their own words.
+    return isinstance(error, torch.OutOfMemoryError) or "_STATUS_ALLOC_FAILED" in str(error)
+
+
 class Replica:
     """One loaded pipeline with CR-Diff applied; it lives as long as the search.
 
@@ -161,8 +166,10 @@ class Replica:
     def _draw_if_it_fits(self, prompts: Sequence[Prompt]) -> Tensor | None:
         try:
             return self._draw(prompts)
-        except torch.OutOfMemoryError:
-            return None  # Only now does the exception let go of the tensors in its frames.
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        return None  # Only now does the exception let go of the tensors in its frames.
 
     def _draw(self, prompts: Sequence[Prompt]) -> Tensor:
         embeddings = [self._embed(prompt.text) for prompt in prompts]

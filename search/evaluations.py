@@ -144,7 +144,9 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         while not self.finished:
             for evaluation in self._open:
                 if evaluation.todo:
-                    size = min(self.batch_size, len(evaluation.todo))
+                    # Of equal size, since compiled models compile for each size anew.
+                    num_batches = math.ceil(len(evaluation.todo) / self.batch_size)
+                    size = math.ceil(len(evaluation.todo) / num_batches)
                     batch = tuple(evaluation.todo.popleft() for _ in range(size))
                     self._trials[trial_id] = (evaluation, batch)
                     return {

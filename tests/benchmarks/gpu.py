@@ -294,6 +294,7 @@ class Bench:
         replica.num_steps = min(WARM_STEPS, self.size.num_steps)
         first_s, again_s = (seconds_of(lambda: trial(RATIOS[1]), self.device) for _ in range(2))
         replica.num_steps = self.size.num_steps
+        gc.collect()  # What an earlier measurement left is none of this one's peak.
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = [

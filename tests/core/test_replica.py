@@ -389,7 +389,7 @@ def test_new_ratios_compile_nothing_anew(folder, how, monkeypatch):
         torch.nn.Module,
         "compile",
         lambda module, **options: compile_module(
-            module, backend="eager", fullgraph=options["fullgraph"]
+            module, backend="eager", fullgraph=options["fullgraph"], dynamic=options["dynamic"]
         ),
     )
     torch._dynamo.reset()
