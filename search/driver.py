@@ -132,6 +132,12 @@ def _fit(plan: Plan, command: str) -> None:
     with connect(plan.config.cluster) as resources, tempfile.TemporaryDirectory() as scratch:
         settings = plan.config.cluster
         on_gpu = "gpu" in resources
+        if not on_gpu and settings.device == "auto" and plan.model.dtype == "float16":
+            raise ConfigError(
+                f"the cluster has no GPU and {plan.model.name} is in float16, in which a CPU "
+                "takes hours for a picture: start a GPU node first, or set cluster.device=cpu if "
+                "you mean it"
+            )
         if plan.search.batch_size is None:
             shared = math.ceil(plan.config.prompts.search / num_workers(resources))
             plan.search.batch_size = min(MAX_AUTO_BATCH, shared)

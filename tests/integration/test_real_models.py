@@ -88,6 +88,24 @@ def test_the_batch_size_is_recorded_with_the_run(searched):
     assert load_plan(run_folder(name, output)).search.batch_size == record["batch_size"]
 
 
+def test_a_gpu_that_is_not_up_yet_is_said_before_a_cpu_is_kept_busy_for_days(
+    tmp_path, environment, sdxl_folder
+):
+    _, done = search(
+        tmp_path,
+        environment,
+        "model=sdxl",
+        f"model.path='{sdxl_folder}'",
+        "res=16x24",
+        "reward=shapes",
+        "prompts=shapes",
+    )
+
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the cluster has no GPU and sdxl is in float16")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_sdxl_is_searched_by_imagereward_of_full_size(tmp_path, environment, sdxl_folder):
     letters = "abcdefghijklmnopqrstuvwxyz"
