@@ -38,7 +38,6 @@ class Estimate:
     load_s:        loading the model and encoding the prompts, once for each worker.
     num_pictures:  that the search draws at most; num_known: of them in the ledger already.
     memory_gib:    peak while drawing on a GPU, else the weights'; free_gib: there is.
-    gpu_hour_price: None if not given.
     """
 
     plan: Plan
