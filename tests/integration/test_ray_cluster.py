@@ -156,7 +156,8 @@ from search.cluster import connect, prepare_environment
 from search.config import ClusterSettings
 
 settings = ClusterSettings(
-    name="local", address="local", device="cpu", cpus_per_trial=1, gpus_per_trial=1.0
+    name="local", address="local", device="cpu", cpus_per_trial=1, gpus_per_trial=1.0,
+    gpu_hour_price=None,
 )
 prepare_environment(settings)
 with connect(settings) as resources:
@@ -191,7 +192,12 @@ def test_nobody_at_the_address_is_one_line():
         free.bind(("127.0.0.1", 0))
         nobody = f"127.0.0.1:{free.getsockname()[1]}"
     settings = ClusterSettings(
-        name="ray", address=nobody, device="auto", cpus_per_trial=1, gpus_per_trial=1.0
+        name="ray",
+        address=nobody,
+        device="auto",
+        cpus_per_trial=1,
+        gpus_per_trial=1.0,
+        gpu_hour_price=None,
     )
     message = f"no Ray cluster at cluster.address={nobody}: .*refused"
     with pytest.raises(ConfigError, match=message), connect(settings):
