@@ -267,7 +267,10 @@ def _model(source: str | None, dtype: str, file: RatiosFile | None) -> Model:
     if source is None and file is not None and "file" not in known:
         source = hub_id or (file.model if file.model in EMBEDDED else None)
     if source is None:
-        raise _UsageError("no --model: give shapes, a folder, a .safetensors file or a hub id")
+        raise _UsageError(
+            "no --model, and no ratios file that names one on the hub: give shapes, a folder, a "
+            ".safetensors checkpoint or a hub id (OWNER/NAME)"
+        )
     return Model.find(source, dtype, hub_id, revision)
 
 
@@ -297,6 +300,7 @@ def _say(message: Warning | str, *_: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw what the command line asks for; return the exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         options = _parser().parse_args(arguments)
         _check_writable(options.out)

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from crdiff_core.errors import ModelError
-from crdiff_core.ratios import GROUPS, Group, Resolution, group_of
+from crdiff_core.ratios import (
+    FAMILY_OF_TEXT_WIDTH,
+    GROUPS,
+    Group,
+    Resolution,
+    group_of,
+)
 from crdiff_core.shapes import WEIGHTS
 
 if TYPE_CHECKING:
@@ -58,6 +64,12 @@ _CHECKPOINT_BLOCKS = {
     "model.diffusion_model.input_blocks.": "down_blocks.",
     "model.diffusion_model.middle_block.": "mid_block.",
     "model.diffusion_model.output_blocks.": "up_blocks.",
+}
+# What tells the paper's models apart, with the width of the text that they attend to.
+_FAMILY_CLASSES = {
+    "sdxl": "StableDiffusionXLPipeline",
+    "sd15": "StableDiffusionPipeline",
+    "sd21": "StableDiffusionPipeline",
 }
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 # In old files; diffusers and transformers make the one themselves and need no other.
@@ -143,6 +155,11 @@ class Model:
                 f"model {self.name} is neither embedded nor on the hub: set model.path to its "
                 "diffusers folder"
             )
+        if not os.path.exists(folder):
+            raise ModelError(
+                f"{folder} does not exist: set model.path to a diffusers folder or a .safetensors "
+                "checkpoint"
+            )
         if not os.path.isfile(folder / "model_index.json"):
             raise ModelError(
                 f"{folder} is not a diffusers folder (no model_index.json): set model.path to one"
@@ -164,10 +181,11 @@ class Model:
                 f"model.hub_id {self.hub_id!r} is not OWNER/NAME: see https://huggingface.co"
             ) from error
         if not isinstance(index, str):
-            or_else = "" if self.checkpoint else ", or set model.path to a copy"
+            what = f"{self.hub_id} at revision {self.hub_revision[:12]}"
+            if self.checkpoint:
+                what = f"a checkpoint's configuration is its family's, and that of {what}"
             raise ModelError(
-                f"the model_index.json of {self.hub_id} at revision {self.hub_revision[:12]} is "
-                f"not in this machine's Hugging Face cache: {self._remedy()}{or_else}"
+                f"{what} is not in this machine's Hugging Face cache: {self._remedy()}"
             )
         return Path(index).parent
 
@@ -180,12 +198,11 @@ class Model:
         """How to come by what is missing, or is there and broken."""
         if not self._on_hub:
             return "fetch the model again"
-        patterns, hint = list(_CONFIGS), ""
+        patterns = list(_CONFIGS)
         if self.checkpoint is None and self.dtype == "float16":
             patterns += [
                 f"{part}/{stem}.fp16*.safetensors" for part, stem in _WEIGHT_STEMS.items()
             ]
-            hint = "; without .fp16* if it has no such files"
         elif self.checkpoint is None:
             patterns += [f"{part}/{stem}.safetensors" for part, stem in _WEIGHT_STEMS.items()]
             patterns.append("*/*-of-*.safetensors")
@@ -195,15 +212,18 @@ class Model:
         if is_there:
             command.append("--force-download")
         return (
-            f"fetch it with: {shlex.join(command)} (a gated one after accepting its licence at "
-            f"https://huggingface.co/{self.hub_id} and hf auth login{hint})"
+            f"fetch it with: {shlex.join(command)} (if it is gated, accept its licence at "
+            f"https://huggingface.co/{self.hub_id} and hf auth login first)"
         )
 
     # --- what it is, from configurations and headers alone -------------------------------------
 
     def check(self) -> None:
         """Raise ModelError unless it is a kind we can prune and draw with, and complete."""
+        if self.checkpoint is not None:
+            self.num_prunable()  # Before a configuration is asked for: it may be no model at all.
         name = self._pipeline_class()
+        self._check_family(name)
         self._config("scheduler", "scheduler_config.json")
         for part in self._parts:
             self._config(part, "config.json")
@@ -407,6 +427,19 @@ class Model:
                 if name.startswith(prefix):
                     found[block + name.removeprefix(prefix)] = shape
         return found
+
+    def _check_family(self, pipeline: str) -> None:
+        """Raise ModelError for a model of another family than its name says."""
+        expected = _FAMILY_CLASSES.get(self.name)
+        width = self._config("unet", "config.json").get("cross_attention_dim")
+        family = FAMILY_OF_TEXT_WIDTH.get(width) if isinstance(width, int) else None
+        if expected is None or (pipeline == expected and family in {None, self.name}):
+            return
+        others = [name for name, kind in _FAMILY_CLASSES.items() if kind == pipeline]
+        raise ModelError(
+            f"{self.folder} is no {self.name} model but a {pipeline} that attends to text of "
+            f"{width} channels: choose model={family or ' or '.join(others)} with it"
+        )
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
         """Raise ModelError if it lacks a part or is of another family than its configuration."""

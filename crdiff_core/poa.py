@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from crdiff_core.errors import ModelError, PruningError, RatiosError
 from crdiff_core.pruning import PrunedReplica, num_prunable
-from crdiff_core.ratios import DEFAULT_POA_WEIGHT, BlockRatios, RatiosFile
+from crdiff_core.ratios import (
+    DEFAULT_POA_WEIGHT,
+    FAMILY_OF_TEXT_WIDTH,
+    BlockRatios,
+    RatiosFile,
+)
 
 
 class POADenoiser(nn.Module):
@@ -178,25 +183,21 @@ def remove(pipe: Any) -> Any:
     return pipe
 
 
-# What tells the paper's models apart, for files that carry no count of prunable weights.
-_CROSS_ATTENTION_DIM = {"sd15": 768, "sd21": 1024, "sdxl": 2048}
-
-
 def _check_made_for(file: RatiosFile, unet: Any) -> None:
     remedy = "search this model, or pass BlockRatios to use these ratios all the same"
     searched = file.provenance.get("num_prunable")
-    if searched is not None:
-        found = num_prunable(unet.dense if isinstance(unet, POADenoiser) else unet)
-        if searched != found:
-            raise RatiosError(
-                f"these ratios are of {file.model}, whose groups have {searched} prunable "
-                f"weights, and this UNet's have {found}: {remedy}"
-            )
-        return
-    family = re.sub(r"[^a-z0-9]", "", file.model.lower())
-    expected = _CROSS_ATTENTION_DIM.get(family)
-    if expected is not None and unet.config.cross_attention_dim != expected:
+    found = num_prunable(unet.dense if isinstance(unet, POADenoiser) else unet)
+    if searched is not None and searched != found:
         raise RatiosError(
-            f"these ratios are of {file.model}, which attends to text of {expected} channels, "
-            f"and this UNet to {unet.config.cross_attention_dim}: {remedy}"
+            f"these ratios are of {file.model}, whose groups have {searched} prunable weights, "
+            f"and this UNet's have {found}: {remedy}"
+        )
+    # The reference's files have no counts, and SD1.5's and SD2.1's are equal.
+    name = re.sub(r"[^a-z0-9]", "", file.model.lower())
+    width = unet.config.cross_attention_dim
+    family = FAMILY_OF_TEXT_WIDTH.get(width) if isinstance(width, int) else None
+    if name in FAMILY_OF_TEXT_WIDTH.values() and family != name and (family or searched is None):
+        raise RatiosError(
+            f"these ratios are of {file.model}, and this UNet attends to text of {width} "
+            f"channels, as {family or 'no model of the paper'} does: {remedy}"
         )

@@ -30,6 +30,9 @@ def group_of(name: str) -> Group | None:
     return _PREFIXES.get(name.partition(".")[0])
 
 
+FAMILY_OF_TEXT_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
+"""The paper's models by the channels of the text that their UNets attend to."""
+
 DEFAULT_POA_WEIGHT = 1.5
 """k of equation 2; the paper's choice (section 4.5, table 5)."""
 

@@ -17,7 +17,7 @@ from search.cluster import connect, num_workers
 from search.config import Config, ConfigError
 from search.evaluations import Comparison, Evaluation
 from search.export import HISTORY_FILE, RATIOS_FILE, validated, write_history, write_ratios
-from search.plan import MAX_AUTO_BATCH, RUN_FILE, Plan, reward_options
+from search.plan import EARLIER, MAX_AUTO_BATCH, RUN_FILE, Plan, reward_options
 from search.progress import Progress
 from search.searchers import AnnealingSearch
 from search.tracking import Experiment, Tracker
@@ -99,7 +99,7 @@ def _begin_folder(plan: Plan, command: str) -> None:
         if record.exists():
             earlier = json.loads(record.read_text(encoding="utf-8"))
             if earlier.get("key") != plan.key:
-                kept = folder / "earlier" / f"{datetime.now():%Y%m%d-%H%M%S}"
+                kept = folder / EARLIER / f"{datetime.now():%Y%m%d-%H%M%S}"
                 kept.mkdir(parents=True)
                 for name in (RUN_FILE, RATIOS_FILE, HISTORY_FILE):
                     if (folder / name).exists():

@@ -37,6 +37,7 @@ class Estimate:
     num_timed:     pictures of the timed trial; trial_s: its time, all steps, once warm.
     load_s:        loading the model and encoding the prompts, once for each worker.
     num_pictures:  that the search draws at most; num_known: of them in the ledger already.
+    results_gib:   of disk that the results take; disk_gib: there is.
     memory_gib:    peak while drawing on a GPU, else the weights'; free_gib: there is.
     """
 
@@ -50,6 +51,8 @@ class Estimate:
     num_known: int
     memory_gib: float
     free_gib: float
+    results_gib: float
+    disk_gib: float
 
     @property
     def hours(self) -> float:
@@ -77,13 +80,15 @@ class Estimate:
             f"and {_FEW_STEPS[1]} steps; before the first, {self.load_s:.0f} s to load",
             f"search     at most {config.searcher.max_evaluations} evaluations, "
             f"{self.num_pictures} pictures with re-ranking and validation{known}",
-            f"time       at most {spent} of one worker such as this ({self.device})",
+            f"time       about {spent} of drawing by one worker such as this ({self.device})",
+            f"disk       about {self.results_gib:.2f} GiB of results, and {self.disk_gib:.1f} GiB "
+            f"are free at {config.output}",
         ]
         if price is not None and self.device == "cpu":
             lines.append("price      unknown: this machine has no GPU to time a trial on")
         elif price is not None:
-            lines.append(f"price      at most {self.hours * price:.2f}, at {price:g} a GPU hour")
-        return [*lines, "Nothing was searched or recorded: leave out dry_run=true to start."]
+            lines.append(f"price      about {self.hours * price:.2f}, at {price:g} a GPU hour")
+        return [*lines, "Nothing was searched: leave out dry_run=true to start."]
 
 
 def estimate(plan: Plan) -> Estimate:
@@ -107,7 +112,7 @@ def estimate(plan: Plan) -> Estimate:
     )
     batch_size = search.batch_size or MAX_AUTO_BATCH
     prompts = plan.prompt_sets["search"].prompts[:batch_size]
-    _check_disk(plan, num_pictures // len(prompts) + 1)
+    results_gib, disk_gib = _disk(plan, num_pictures // len(prompts) + 1)
     device = choose_device(config.cluster.device)
     torch.set_num_threads(config.cluster.cpus_per_trial)
     free = _free_bytes(device)
@@ -150,6 +155,8 @@ def estimate(plan: Plan) -> Estimate:
         num_known=search.num_known,
         memory_gib=memory / GIB,
         free_gib=free / GIB,
+        results_gib=results_gib,
+        disk_gib=disk_gib,
     )
 
 
@@ -163,8 +170,8 @@ def _trial_s(plan: Plan, replica: Replica, prompts: Sequence[Prompt], num_steps:
     return sum(evaluate(replica, ratios, prompts, plan.reward).seconds.values())
 
 
-def _check_disk(plan: Plan, num_trials: int) -> None:
-    """Raise ConfigError if the results may not fit."""
+def _disk(plan: Plan, num_trials: int) -> tuple[float, float]:
+    """Return the GiB that the results take and that are free. Raises ConfigError if too few."""
     folder = next(path for path in plan.folder.parents if path.exists())
     needed, free = num_trials * _BYTES_PER_TRIAL, shutil.disk_usage(folder).free
     if needed > free:
@@ -172,6 +179,7 @@ def _check_disk(plan: Plan, num_trials: int) -> None:
             f"{folder} has {free / GIB:.2f} GiB free and the results may take "
             f"{needed / GIB:.2f}: set output to a folder with more"
         )
+    return needed / GIB, free / GIB
 
 
 def _free_bytes(device: torch.device) -> int:

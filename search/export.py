@@ -19,7 +19,7 @@ from crdiff_core.models import Model
 from crdiff_core.ratios import GROUPS, RatiosFile
 from search.config import Config, ConfigError
 from search.evaluations import Comparison, Evaluation, compare
-from search.plan import RUN_FILE, Plan
+from search.plan import EARLIER, RUN_FILE, Plan
 
 RATIOS_FILE = "best_ratios.json"
 HISTORY_FILE = "history.parquet"
@@ -126,6 +126,11 @@ def load_plan(folder: Path) -> Plan:
             f"{folder} is not the folder of a run (no readable {RUN_FILE}): give one, such as "
             "runs/shapes_24x40/annealing-seed0"
         ) from error
+    if folder.absolute().parent.name == EARLIER:
+        raise ConfigError(
+            f"{folder} holds the results of earlier settings, not a run of its own: run the "
+            f"command in its {RUN_FILE} again, the ledger has its rewards"
+        )
     # The folder may have been moved: its own place counts, not the one it was made at.
     plan = Plan.make(Config.parse({**raw, "output": str(folder.absolute().parents[1])}))
     if plan.key != key:

@@ -22,6 +22,8 @@ from search.ledger import Ledger, Recipe
 from search.searchers import AnnealingSearch, random_search
 
 RUN_FILE = "run.json"
+# Where a run's folder keeps its results under other settings.
+EARLIER = "earlier"
 # More pictures at once gain nothing further.
 MAX_AUTO_BATCH = 16
 
@@ -73,7 +75,8 @@ class Plan:
                 else "requested"
             ),
         )
-        prompt_sets = _prompt_sets(config)
+        prompt_sets = choose_prompts(config)
+        reward.check([each.text for prompts in prompt_sets.values() for each in prompts.prompts])
         cell = Path(config.output).absolute() / f"{model.name}_{config.res}"
         folder = cell / f"{config.searcher.name}-seed{config.seed}"
         searcher = _searcher(config)
@@ -108,7 +111,8 @@ def reward_options(config: Config) -> dict[str, str]:
     return config.reward.model_dump(exclude={"name"})
 
 
-def _prompt_sets(config: Config) -> dict[str, PromptSet]:
+def choose_prompts(config: Config) -> dict[str, PromptSet]:
+    """Return the disjoint search, rerank and validation sets. Raises PromptError."""
     prompts = config.prompts
     sizes = {name: getattr(prompts, name) for name in ("search", "rerank", "validation")}
     repeat = prompts.repeat or bool(prompts.text)

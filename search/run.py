@@ -114,6 +114,13 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name} is unknown: choose one of {', '.join(error.options)}"
+    ambiguous = re.search(r"Ambiguous value for argument '(.+?)'", text)
+    override = ambiguous[1] if ambiguous else getattr(error, "override", None)
+    if override is not None:
+        return (
+            f"{override}: not understood: put a value with spaces or signs into both kinds "
+            """of quotes, as in 'prompts.text="a cat, asleep"'"""
+        )
     if match := re.search(r"Could not override '(.+?)'", text):
         return f"{match[1]}: there is no such setting (python -m search.run --help lists them)"
     return " ".join(text.split("full_key")[0].split())
@@ -124,6 +131,7 @@ def main() -> int:
     # Hydra then raises what it would else print over many lines.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.captureWarnings(True)
     try:

@@ -29,6 +29,10 @@ class Reward(Protocol):
         """What tells its scores from those of other weights or code. Raises RewardError."""
         ...
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise RewardError for a prompt that it cannot score, before anything is drawn."""
+        ...
+
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
         """Score each picture.
 

@@ -209,6 +209,9 @@ class ImageReward:
         weights = _sha256(file) if self.path else file.parent.name
         return f"v1.0-{weights[:12]}-{_sha256(self._vocabulary_file())[:8]}"
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Accept every text: it was trained on whatever people write."""
+
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
         """Score pictures of any size; the first call loads the network onto their device.

@@ -40,6 +40,9 @@ class ImageRewardPackage:
         _ = self._package
         return f"{importlib.metadata.version('image-reward')}-{_MODEL}"
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Accept every text: it was trained on whatever people write."""
+
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
         """Score pictures of any size.

@@ -55,6 +55,10 @@ class ShapesReward:
     name = "shapes"
     version = "1"
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise RewardError for a caption outside the grammar."""
+        _scenes(prompts)
+
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
         """Score pictures of any size.
 
@@ -67,10 +71,7 @@ class ShapesReward:
                 f"shapes reward got pictures of shape {tuple(images.shape)} for {len(prompts)} "
                 f"prompts: give it (N, 3, H, W) and N prompts"
             )
-        try:
-            scenes = [grammar.parse(prompt) for prompt in prompts]
-        except PromptError as error:
-            raise RewardError(f"shapes reward: {error}") from error
+        scenes = _scenes(prompts)
         if not scenes:
             return []
         images = images.detach().float().cpu()
@@ -83,6 +84,13 @@ class ShapesReward:
             _score(scene, things, picture)
             for scene, things, picture in zip(scenes, found, classes, strict=True)
         ]
+
+
+def _scenes(prompts: Sequence[str]) -> list[Scene]:
+    try:
+        return [grammar.parse(prompt) for prompt in prompts]
+    except PromptError as error:
+        raise RewardError(f"shapes reward: {error}") from error
 
 
 def _classify(pixels: Array) -> NDArray[np.int64]:

@@ -242,8 +242,13 @@ def test_an_unknown_name_without_a_path_is_refused():
 def test_a_missing_folder_is_refused(tmp_path, path):
     message = refusal(lambda: Model("small", path).load(CPU))
     assert message == (
-        f"{path} is not a diffusers folder (no model_index.json): set model.path to one"
+        f"{path} does not exist: set model.path to a diffusers folder or a .safetensors checkpoint"
     )
+
+
+def test_a_folder_without_an_index_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"is not a diffusers folder \(no model_index.json\)"):
+        model(tmp_path).load(CPU)
 
 
 def test_a_pipeline_of_another_class_is_refused(copied):
@@ -624,14 +629,14 @@ def test_another_commit_is_another_model(sd_folder, cache):
 
 def test_a_model_that_is_not_in_the_cache_is_refused_with_the_command_to_fetch_it(cache):
     assert refusal(lambda: on_hub().load(CPU)) == (
-        f"the model_index.json of {HUB_ID} at revision {COMMIT[:12]} is not in this machine's "
+        f"{HUB_ID} at revision {COMMIT[:12]} is not in this machine's "
         f"Hugging Face cache: fetch it with: hf download {HUB_ID} --revision {COMMIT} "
         "--include '*.json' --include '*.txt' "
         "--include unet/diffusion_pytorch_model.safetensors "
         "--include vae/diffusion_pytorch_model.safetensors "
         "--include text_encoder/model.safetensors --include text_encoder_2/model.safetensors "
-        "--include '*/*-of-*.safetensors' (a gated one after accepting its licence at "
-        f"https://huggingface.co/{HUB_ID} and hf auth login), or set model.path to a copy"
+        "--include '*/*-of-*.safetensors' (if it is gated, accept its licence at "
+        f"https://huggingface.co/{HUB_ID} and hf auth login first)"
     )
 
 
@@ -1079,6 +1084,28 @@ def test_a_missing_checkpoint_is_refused(tmp_path, cache):
     assert refusal(on_hub(path=str(file)).check) == (
         f"{file} does not exist: set model.path to a checkpoint or folder"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "choose"),
+    [
+        ("sdxl", "sd", "choose model=sd15 or sd21 with it"),
+        ("sd15", "sdxl", "choose model=sdxl with it"),
+        ("sd21", "sdxl", "choose model=sdxl with it"),
+    ],
+)
+def test_a_folder_of_another_familys_class_is_refused(sd_folder, sdxl_folder, name, kind, choose):
+    path = {"sd": sd_folder, "sdxl": sdxl_folder}[kind]
+    with pytest.raises(ModelError, match=f"is no {name} model but a .*: {choose}"):
+        Model(name, str(path)).check()
+
+
+@pytest.mark.parametrize(("name", "width"), [("sd15", 1024), ("sd21", 768)])
+def test_a_folder_of_the_other_sd_model_is_refused(copied, name, width):
+    change(copied / CONFIG["unet"], cross_attention_dim=width)
+    other = {"sd15": "sd21", "sd21": "sd15"}[name]
+    with pytest.raises(ModelError, match=f"is no {name} model .*: choose model={other} with it"):
+        Model(name, str(copied)).check()
 
 
 def test_a_checkpoint_of_another_family_is_refused_with_the_one_to_choose(

@@ -325,8 +325,19 @@ def test_a_file_of_another_models_weights_is_refused(sd_pipe, tmp_path):
 @pytest.mark.parametrize("model", ["sdxl", "SD1.5", "sd2.1"])
 def test_a_reference_file_of_another_of_the_papers_models_is_refused(sd_pipe, tmp_path, model):
     path = reference_file(tmp_path / "file", model)
-    with pytest.raises(RatiosError, match=f"ratios are of {model}, which attends to text of"):
+    with pytest.raises(RatiosError, match=f"ratios are of {model}, and this UNet attends to"):
         crdiff_core.apply(sd_pipe, path)
+
+
+@pytest.mark.parametrize(("width", "is_of"), [(768, "sd15"), (1024, "sd21")])
+def test_a_file_of_the_other_sd_model_is_refused_although_the_counts_are_equal(
+    sd_pipe, tmp_path, width, is_of
+):
+    sd_pipe.unet = small_unet(cross_attention_dim=width)
+    other = {"sd15": "sd21", "sd21": "sd15"}[is_of]
+    with pytest.raises(RatiosError, match=f"are of {other}, .* {width} channels, as {is_of} does"):
+        crdiff_core.apply(sd_pipe, ratios_file(tmp_path / "other", sd_pipe, model=other))
+    crdiff_core.apply(sd_pipe, ratios_file(tmp_path / "own", sd_pipe, model=is_of))
 
 
 def test_a_refused_file_leaves_the_pipeline_as_it_was(sd_pipe, tmp_path):

@@ -105,6 +105,24 @@ def test_export_writes_the_same_file_from_the_ledger(finished):
     assert path.read_bytes() == before
 
 
+def test_export_of_earlier_results_is_one_line(finished, tmp_path):
+    earlier = tmp_path / "earlier" / "20261121-072805"
+    earlier.mkdir(parents=True)
+    (earlier / "run.json").write_text((finished.folder / "run.json").read_text())
+    done = subprocess.run(
+        [sys.executable, "-m", "search.export", earlier],
+        cwd="/",
+        env=finished.environment,
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 2
+    assert "holds the results of earlier settings" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in earlier.iterdir()] == ["run.json"]
+
+
 def test_the_ledger_has_every_reward_once(finished):
     rows = pq.read_table(finished.folder.parent / "ledger").to_pylist()
     keys = {(row["key"], row["prompt"], row["seed"]) for row in rows}

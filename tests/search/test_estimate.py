@@ -66,7 +66,7 @@ def test_the_price_is_hours_times_the_price_of_one(plan):
     )
     lines = replace(priced, plan=replace(plan, config=config)).lines()
 
-    assert any(re.match(r"price +at most 90\.00, at 2\.5 a GPU hour", line) for line in lines)
+    assert any(re.match(r"price +about 90\.00, at 2\.5 a GPU hour", line) for line in lines)
 
 
 def test_the_command_prints_it_and_starts_no_trial(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,7 @@
 import pytest
 
 from crdiff_core.ratios import GROUPS
-from search.plan import Plan
+from search.plan import Plan, choose_prompts
 from tests.conf.test_config import composed
 
 SIZES = ("prompts.search=4", "prompts.rerank=3", "prompts.validation=5")
@@ -11,6 +11,10 @@ SIZES = ("prompts.search=4", "prompts.rerank=3", "prompts.validation=5")
 
 def plan(tmp_path, *overrides):
     return Plan.make(composed(f"output={tmp_path}", *SIZES, *overrides))
+
+
+def prompts_of(*overrides):
+    return choose_prompts(composed(*SIZES, *overrides))
 
 
 def pairs(prompt_set):
@@ -32,7 +36,7 @@ def pairs(prompt_set):
 def test_search_rerank_and_validation_prompts_are_disjoint(tmp_path, overrides):
     (tmp_path / "mine.txt").write_text("\n".join(f"prompt {i}" for i in range(12)))
     given = [part.replace("PATH", str(tmp_path / "mine.txt")) for part in overrides]
-    sets = plan(tmp_path, *given).prompt_sets
+    sets = prompts_of(*given)
 
     assert {name: len(each) for name, each in sets.items()} == {
         "search": 4,
@@ -42,8 +46,8 @@ def test_search_rerank_and_validation_prompts_are_disjoint(tmp_path, overrides):
     assert len(set.union(*map(pairs, sets.values()))) == 12
 
 
-def test_one_prompt_is_drawn_with_many_seeds(tmp_path):
-    sets = plan(tmp_path, "prompts.text='a cat, in a hat'").prompt_sets
+def test_one_prompt_is_drawn_with_many_seeds():
+    sets = prompts_of("prompts.text='a cat, in a hat'")
 
     assert {prompt.text for each in sets.values() for prompt in each.prompts} == {
         "a cat, in a hat"
@@ -52,9 +56,7 @@ def test_one_prompt_is_drawn_with_many_seeds(tmp_path):
 
 def test_prompts_of_a_file_may_be_repeated(tmp_path):
     (tmp_path / "mine.txt").write_text("a cat\na dog\n")
-    sets = plan(
-        tmp_path, f"prompts.path={tmp_path / 'mine.txt'}", "prompts.repeat=true"
-    ).prompt_sets
+    sets = prompts_of(f"prompts.path={tmp_path / 'mine.txt'}", "prompts.repeat=true")
 
     assert (
         sorted(prompt.text for prompt in sets["search"].prompts) == ["a cat"] * 2 + ["a dog"] * 2

@@ -1,6 +1,8 @@
 """The command line: what it says when something is wrong, and that nothing is lost by it."""
 
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,12 +45,13 @@ def search(monkeypatch, capsys):
         ("prompts.path=/no/such.txt", "No such file or directory: set prompts.path"),
         ("prompts.search=100000", "distinct prompts and 100000 search + 64 rerank"),
         ("searcher.max_evaluations=0", "searcher.max_evaluations: input should be greater"),
-        ("model.path=/no/such", "/no/such is not a diffusers folder"),
+        ("model.path=/no/such", "/no/such does not exist: set model.path to a diffusers"),
         ("seed=${nope}", "Interpolation key 'nope' not found"),
         ("searcher.cooling=${oc.env:PATH}", "searcher.cooling: input should be a valid number"),
         ("model._target_=os.system", "model._target_: there is no such setting"),
         ("=3", "write KEY=VALUE"),
         ("-m seed=1,2", "one search at a time"),
+        ("prompts=reference", 'caption "A '),
         ("prompts.text=a prompts.path=b", "prompts: text and path are both given: choose one"),
         (
             "prompts=coco",
@@ -79,6 +82,36 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(search, tmp_path, arguments
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("text", ["a dog's bone", "a cat, asleep", "a (b"])
+def test_a_prompt_without_both_quotes_is_told_how_to_write_it(search, text):
+    code, _, err = search(f"prompts.text={text}")
+
+    assert code == 2
+    assert err.startswith(f"error: prompts.text={text}: not understood: ")
+    assert err.endswith("""'prompts.text="a cat, asleep"'\n""")
+    assert err.count("\n") == 1
+
+
+def test_a_prompt_in_both_quotes_is_read(search):
+    code, _, err = search("""prompts.text="a dog's bone, (old)\"""", "dry_run=true")
+
+    assert code == 2
+    assert """caption "a dog's bone, (old)" is outside the shapes grammar""" in err
+
+
+def test_the_readme_has_the_command_that_fetches_sdxl(search):
+    _, _, err = search("model=sdxl", "res=480x360")
+    command = err.partition("fetch it with: ")[2].partition(" (if it is gated")[0]
+    readme = (Path(run.__file__).parents[1] / "README.md").read_text().replace("\\\n", " ")
+
+    assert command.startswith("hf download")
+    assert shlex.split(command) == shlex.split(
+        readme[readme.index("    hf download stabilityai") :].partition("    hf download zai-org")[
+            0
+        ]
+    )
 
 
 def test_a_mistake_loses_nothing_that_was_paid_for(search, tmp_path):
