@@ -46,18 +46,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in a fixed order; the order decides which of them share a batch."""
+    """Prompts in a fixed order, in which they are drawn."""
 
     name: str
     prompts: tuple[Prompt, ...]
 
     def __len__(self) -> int:
         return len(self.prompts)
-
-    def batches(self, batch_size: int) -> list[tuple[Prompt, ...]]:
-        """Cut into consecutive batches; the last may be smaller."""
-        starts = range(0, len(self.prompts), batch_size)
-        return [self.prompts[start : start + batch_size] for start in starts]
 
     @property
     def digest(self) -> str:

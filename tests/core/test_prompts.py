@@ -728,14 +728,6 @@ def prompt_set(num: int) -> PromptSet:
     return PromptSet("search", tuple(Prompt(f"p{i}", f"t{i}", i) for i in range(num)))
 
 
-@given(num=st.integers(0, 20), batch_size=st.integers(1, 8))
-def test_batches_are_the_prompts_in_order_and_only_the_last_is_smaller(num, batch_size):
-    batches = prompt_set(num).batches(batch_size)
-    assert [prompt for batch in batches for prompt in batch] == list(prompt_set(num).prompts)
-    assert all(len(batch) == batch_size for batch in batches[:-1])
-    assert all(0 < len(batch) <= batch_size for batch in batches[-1:])
-
-
 def test_the_digest_tells_texts_seeds_and_order_and_nothing_else():
     first, second = Prompt("a", "t", 1), Prompt("b", "t", 2)
     digest = PromptSet("search", (first, second)).digest

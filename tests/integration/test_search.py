@@ -176,7 +176,8 @@ def test_rewards_do_not_depend_on_who_draws_them(finished):
         poa_weight=plan.recipe.poa_weight,
     )
     reward = load_reward("shapes")
-    batches = winner.prompts.batches(plan.search.batch_size)
+    prompts, size = winner.prompts.prompts, plan.search.batch_size
+    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     rewards = [
         value
         for batch in batches
