@@ -136,7 +136,7 @@ def test_a_hub_model_of_the_search_is_the_default(tmp_path):
 
 def test_a_local_model_of_the_search_must_be_given(tmp_path):
     file = written(tmp_path / "best.json", source={"file": "mine"})
-    with pytest.raises(CRDiffError, match="no --model: give"):
+    with pytest.raises(CRDiffError, match="no --model, and no ratios file"):
         parsed("--ratios", file, "--prompt", "a cat")
 
 
@@ -168,7 +168,7 @@ def test_the_recipe_of_the_search_is_the_default_and_options_come_first(sd_folde
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--down .3 --mid .3 --up .3 --res 8x8 --prompt x", "no --model: give shapes, a folder"),
+        ("--down .3 --mid .3 --up .3 --res 8x8 --prompt x", "no --model, and no ratios file that names one on the hub"),
         ("--model MODEL --prompt x", "no --down --mid --up: give --ratios FILE"),
         ("--model MODEL --down .3 --prompt x", "no --mid --up: give --ratios FILE"),
         ("--model MODEL --ratios FILE --up .3 --prompt x", "give either the file or the three"),
