@@ -168,7 +168,10 @@ def test_the_recipe_of_the_search_is_the_default_and_options_come_first(sd_folde
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--down .3 --mid .3 --up .3 --res 8x8 --prompt x", "no --model, and no ratios file that names one on the hub"),
+        (
+            "--down .3 --mid .3 --up .3 --res 8x8 --prompt x",
+            "no --model, and no ratios file that names one on the hub",
+        ),
         ("--model MODEL --prompt x", "no --down --mid --up: give --ratios FILE"),
         ("--model MODEL --down .3 --prompt x", "no --mid --up: give --ratios FILE"),
         ("--model MODEL --ratios FILE --up .3 --prompt x", "give either the file or the three"),
