@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +77,7 @@ class _Open:
     # Numbers of prompts: without a reward yet, and of those the ones that no trial draws yet.
     missing: set[int] = field(default_factory=set)
     todo: deque[int] = field(default_factory=deque)
-    num_failures: dict[Batch, int] = field(default_factory=dict)
+    num_failures: Counter[int] = field(default_factory=Counter)
     failure: str | None = None
     num_rendered: int = 0
 
@@ -194,9 +194,11 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         elif (
             result is not None
             and result.get("transient")
-            and evaluation.num_failures.get(batch, 0) < self._budget.max_failures
+            and max(evaluation.num_failures[number] for number in batch)
+            < self._budget.max_failures
         ):
-            evaluation.num_failures[batch] = evaluation.num_failures.get(batch, 0) + 1
+            # By prompt: the next try may be cut into other batches.
+            evaluation.num_failures.update(batch)
             evaluation.todo.extendleft(reversed(batch))
         else:
             self._record(evaluation, batch, failure)

@@ -1,6 +1,7 @@
 import math
 import pickle
 import statistics
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -268,6 +269,26 @@ def test_a_ledger_that_cannot_be_written_ends_the_search(tmp_path, monkeypatch):
     assert "No space left on device" in search.failure
     again = make_search(tmp_path)
     assert work(again) == 21 * 3 + 3 * 3 + 2 * 4 - 5
+
+
+def test_a_prompt_that_always_fails_is_tried_as_often_as_asked_however_batches_are_cut(tmp_path):
+    tries = Counter()
+
+    def one_fails(ratios, prompts):
+        if ratios.is_dense:  # If it failed, that would be the end.
+            return {"measured": measure(ratios, prompts)}
+        if "prompt 0" in {prompt.text for prompt in prompts}:
+            tries[ratios] += 1
+            return {"failure": "lost", "transient": True}
+        # The batches of the first evaluation become smaller while its first one is under way.
+        return {"measured": replace(measure(ratios, prompts), batch_size=1)}
+
+    search = make_search(tmp_path, max_evaluations=1, max_failures=2)
+    search.batch_size = 4
+    work(search, num_workers=2, outcome=one_fails, seed=3)
+
+    assert search.batch_size == 1
+    assert list(tries.values()) == [3]
 
 
 def test_ray_may_pickle_the_searcher_at_any_time(tmp_path):
