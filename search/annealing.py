@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -81,6 +82,7 @@ class Draws:
     acceptance: float
 
 
+@lru_cache(maxsize=4096)
 def draws(seed: int, chain: int, step: int, num_dimensions: int) -> Draws:
     """Draw the numbers of one step from a counter-based generator.
 
@@ -131,11 +133,36 @@ class Chain:
 
         A failed evaluation is rejected, never scored.
         """
-        parameters = self.annealing
         if reward is not None and not math.isfinite(reward):
             reward = None
-        is_seed = state.step < len(parameters.seeds)
-        accepted = reward is not None and self._accepts(state, reward, is_seed)
+        accepted = reward is not None and self.accepts(state, reward)
+        return self.branch(state, point, reward, accepted)
+
+    def accepts(self, state: ChainState, reward: float) -> bool:
+        """Return whether the chain moves to a point of this reward."""
+        gain = reward - state.current_reward
+        return gain > 0 or gain > self.min_gain(state)
+
+    def min_gain(self, state: ChainState) -> float:
+        """Return the gain over the current reward above which a proposal is accepted.
+
+        It is T ln u, at most 0; known before the proposal is evaluated, since u is.
+        """
+        if self.is_seed(state):
+            return 0.0
+        drawn = self._draws(state).acceptance
+        return state.temperature * math.log(drawn) if drawn > 0 else -math.inf
+
+    def is_seed(self, state: ChainState) -> bool:
+        """Return whether the next proposal is a starting point."""
+        return state.step < len(self.annealing.seeds)
+
+    def branch(
+        self, state: ChainState, point: Point, reward: float | None, accepted: bool
+    ) -> ChainState:
+        """Return the state after `point` was accepted or rejected, whichever is asked for."""
+        parameters = self.annealing
+        is_seed = self.is_seed(state)
         event: Event = (
             "fail" if reward is None else "seed" if is_seed else "accept" if accepted else "reject"
         )
@@ -151,12 +178,6 @@ class Chain:
         if after.step >= len(parameters.seeds) + parameters.num_steps:
             after = replace(after, finished=True)
         return after
-
-    def _accepts(self, state: ChainState, reward: float, is_seed: bool) -> bool:
-        gain = reward - state.current_reward
-        if gain > 0 or is_seed:
-            return gain > 0
-        return math.exp(gain / state.temperature) > self._draws(state).acceptance
 
     def _cool(self, state: ChainState) -> ChainState:
         parameters = self.annealing

@@ -17,7 +17,7 @@ from pydantic import model_validator as check
 
 from crdiff_core.errors import CRDiffError
 from crdiff_core.models import Model
-from crdiff_core.ratios import GROUPS, Group, Resolution
+from crdiff_core.ratios import Resolution
 
 
 class ConfigError(CRDiffError, ValueError):
@@ -48,18 +48,44 @@ class Bounds(Settings):
     mid: Interval
     up: Interval
 
-    @check(mode="after")
-    def _ordered(self) -> Bounds:
-        for group in GROUPS:
-            low, high = self.space[group]
-            if low >= high:
-                raise ValueError(f"{group} is [{low}, {high}]: give low < high")
-        return self
+
+class SpaceSettings(Settings):
+    """What both spaces have; a poa_weight of [low, high] is searched too."""
+
+    poa_weight: tuple[float, float] | None
 
     @property
-    def space(self) -> dict[Group, tuple[float, float]]:
-        """The bounds by group."""
-        return {"down": self.down, "mid": self.mid, "up": self.up}
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """(low, high) of each dimension."""
+        given = {name: getattr(self, name) for name in type(self).model_fields if name != "name"}
+        return {name: given[name] for name in sorted(given, key=_last) if given[name] is not None}
+
+    @check(mode="after")
+    def _ordered(self) -> SpaceSettings:
+        for name, (low, high) in self.bounds.items():
+            if low >= high:
+                raise ValueError(f"{name} is [{low}, {high}]: give low < high")
+        return self
+
+
+def _last(name: str) -> bool:
+    return name == "poa_weight"
+
+
+class BlocksSettings(SpaceSettings):
+    """conf/space/blocks.yaml: a ratio for each block group."""
+
+    name: Literal["blocks"]
+    down: Interval
+    mid: Interval
+    up: Interval
+
+
+class UniformSettings(SpaceSettings):
+    """conf/space/uniform.yaml: one ratio for all block groups."""
+
+    name: Literal["uniform"]
+    ratio: Interval
 
 
 class ModelSettings(Settings):
@@ -77,7 +103,7 @@ class ModelSettings(Settings):
     default_res: Size
     num_steps: Count
     guidance_scale: Annotated[float, Field(ge=0)]
-    max_evaluations: Count
+    search_steps: Count
     bounds: Bounds
     paper_ratios: dict[str, Triple]
 
@@ -86,23 +112,29 @@ class ModelSettings(Settings):
         return Model(self.name, self.path, self.dtype, self.hub_id, self.hub_revision)
 
 
-class SearcherSettings(Settings):
-    """What every searcher has."""
-
-    max_evaluations: Count
-    bounds: Bounds
-
-
-class RandomSettings(SearcherSettings):
-    """conf/searcher/random.yaml."""
-
-    name: Literal["random"]
+def _speculation(value: object) -> object:
+    if value is False:  # As YAML reads off.
+        return "off"
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if value not in ("auto", "off") and not is_count:
+        raise ValueError(f"got {value!r}: give auto, off or a count from 1 up")
+    return value
 
 
-class AnnealingSettings(SearcherSettings):
-    """conf/searcher/annealing.yaml; what each means stands in search.annealing.Annealing."""
+class BaselineSettings(Settings):
+    """conf/searcher: a searcher to compare with."""
 
-    name: Literal["annealing"]
+    name: Literal["tpe", "gp", "cmaes", "qmc", "random", "grid"]
+    warm_start: bool
+
+
+class AnnealingSettings(Settings):
+    """conf/searcher/annealing*.yaml; what each means stands in search.annealing.Annealing."""
+
+    name: Literal["annealing", "annealing_paper"]
+    warm_start: bool
+    speculation: Annotated[int | str, BeforeValidator(_speculation)]
+    chains: Count
     seeds: Annotated[tuple[Triple, ...], Field(min_length=1)]
     start_from_paper: bool
     initial_temperature: Annotated[float, Field(gt=0)]
@@ -117,13 +149,23 @@ class AnnealingSettings(SearcherSettings):
     restart_step_factor: Annotated[float, Field(gt=0)]
     max_restarts: Annotated[int, Field(ge=0)]
 
-    @check(mode="after")
-    def _seeds_fit(self) -> AnnealingSettings:
-        if len(self.seeds) > self.max_evaluations:
-            raise ValueError(
-                f"{len(self.seeds)} seeds do not fit into max_evaluations {self.max_evaluations}"
-            )
-        return self
+
+class RacingSettings(Settings):
+    """conf/racing: whether evaluations that cannot win are stopped; as search.racing.Race."""
+
+    name: Literal["on", "off"]
+    alpha: Annotated[float, Field(gt=0, lt=0.5)]
+    stride: Annotated[int, Field(ge=2)]
+
+
+class BudgetSettings(Settings):
+    """What a search may take; null is no limit."""
+
+    steps: Count
+    evaluations: Count | None
+    pictures: Count | None
+    gpu_hours: Annotated[float, Field(gt=0)] | None
+    wall_hours: Annotated[float, Field(gt=0)] | None
 
 
 class RewardSettings(Settings):
@@ -195,6 +237,7 @@ class RerankSettings(Settings):
     """How many of the best are compared again on fresh prompts."""
 
     top: Count
+    off_path: bool
 
 
 class TrialSettings(Settings):
@@ -204,14 +247,20 @@ class TrialSettings(Settings):
     retry_failed: bool
 
 
-_DISCRIMINATORS = {"annealing", "random", "shapes", "image_reward", "image_reward_package"}
+_DISCRIMINATORS = {
+    *("annealing", "annealing_paper", "tpe", "gp", "cmaes", "qmc", "random", "grid"),
+    *("shapes", "image_reward", "image_reward_package", "blocks", "uniform"),
+}
 
 
 class Config(Settings):
     """conf/config.yaml: one search."""
 
     model: ModelSettings
-    searcher: Annotated[AnnealingSettings | RandomSettings, Field(discriminator="name")]
+    searcher: Annotated[AnnealingSettings | BaselineSettings, Field(discriminator="name")]
+    space: Annotated[BlocksSettings | UniformSettings, Field(discriminator="name")]
+    racing: RacingSettings
+    budget: BudgetSettings
     reward: Annotated[RewardSettings | ImageRewardSettings, Field(discriminator="name")]
     prompts: PromptSettings
     cluster: ClusterSettings
@@ -224,6 +273,17 @@ class Config(Settings):
     poa_weight: float
     output: Annotated[str, Field(min_length=1)]
     dry_run: bool
+
+    @check(mode="after")
+    def _steps_suffice(self) -> Config:
+        if isinstance(self.searcher, AnnealingSettings):
+            needed = max(len(self.searcher.seeds), self.searcher.chains)
+            if needed > self.budget.steps:
+                raise ValueError(
+                    f"budget.steps {self.budget.steps} is less than the searcher's "
+                    f"{len(self.searcher.seeds)} seeds or {self.searcher.chains} chains: raise it"
+                )
+        return self
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Config:
@@ -240,4 +300,4 @@ class Config(Settings):
                 reason = first["msg"].removeprefix("Value error, ")
             else:
                 reason = f"{first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
-            raise ConfigError(f"{'.'.join(path)}: {reason}") from error
+            raise ConfigError(": ".join([*filter(None, [".".join(path)]), reason])) from error

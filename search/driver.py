@@ -14,12 +14,12 @@ from typing import Any
 from crdiff_core.errors import CRDiffError
 from crdiff_core.ratios import GROUPS
 from search.cluster import connect, num_workers
+from search.comparison import Comparison
 from search.config import Config, ConfigError
-from search.evaluations import Comparison, Evaluation
+from search.evaluations import Evaluation, Step
 from search.export import HISTORY_FILE, RATIOS_FILE, validated, write_history, write_ratios
-from search.plan import EARLIER, MAX_AUTO_BATCH, RUN_FILE, Plan, reward_options
+from search.plan import EARLIER, RUN_FILE, Plan, reward_options
 from search.progress import Progress
-from search.searchers import AnnealingSearch
 from search.tracking import Experiment, Tracker
 from search.trial import RatioTrial, TrialSetup
 
@@ -38,7 +38,9 @@ class Outcome:
     winner:       its evaluation on the search prompts; dense: the dense model's.
     comparison:   of the two on the validation prompts; None if that evaluation failed.
     num_reranked: how many of the best were compared on fresh prompts; the winner won there.
-    num_rendered: pictures drawn in this run; 0 when the ledger knew them all.
+    num_drawn:    pictures drawn in this run; 0 when the ledger knew them all.
+    off_path:     a better evaluation that annealing passed by, or None.
+    ended_by:     the limit that ended the search, if it was not its number of steps.
     tracker:      None if tracking is off.
     """
 
@@ -47,7 +49,9 @@ class Outcome:
     dense: Evaluation
     comparison: Comparison | None
     num_reranked: int
-    num_rendered: int
+    num_drawn: int
+    off_path: Evaluation | None
+    ended_by: str | None
     tracker: Tracker | None
 
 
@@ -64,7 +68,7 @@ def run(config: Config, command: str, progress: Progress) -> Outcome:
     tracker = _tracker(plan)
     status = "KILLED"
     try:
-        _follow(plan, tracker, progress)
+        _follow(plan, command, tracker, progress)
         if not search.replay():
             progress.begin(search)
             _fit(plan, command)
@@ -83,10 +87,16 @@ def run(config: Config, command: str, progress: Progress) -> Outcome:
     winner, dense = search.winner, search.of("dense")
     assert winner is not None
     assert dense is not None
-    num_rendered = sum(evaluation.num_rendered for evaluation in search.evaluations)
-    num_reranked = sum(evaluation.kind == "rerank" for evaluation in search.evaluations)
     return Outcome(
-        ratios_file, winner, dense, validated(plan), num_reranked, num_rendered, tracker
+        ratios_file,
+        winner,
+        dense,
+        validated(plan),
+        num_reranked=sum(evaluation.kind == "rerank" for evaluation in search.evaluations),
+        num_drawn=search.num_drawn,
+        off_path=search.best_off_path,
+        ended_by=search.ended_by,
+        tracker=tracker,
     )
 
 
@@ -114,7 +124,12 @@ def _record(plan: Plan, command: str) -> None:
     raw = {
         "key": plan.key,
         "command": command,
-        "batch_size": plan.search.batch_size,
+        "batch_size": plan.search.batching.size(plan.config.prompts.search),
+        "wall_s": plan.search.wall_s,
+        "warm_start": [
+            [*candidate.ratios.as_dict().values(), candidate.poa_weight]
+            for candidate in plan.search.warm_start
+        ],
         "config": plan.config.model_dump(mode="json"),
     }
     draft = plan.folder / f".{RUN_FILE}"
@@ -138,9 +153,7 @@ def _fit(plan: Plan, command: str) -> None:
                 "takes hours for a picture: start a GPU node first, or set cluster.device=cpu if "
                 "you mean it"
             )
-        if plan.search.batch_size is None:
-            shared = math.ceil(plan.config.prompts.search / num_workers(resources))
-            plan.search.batch_size = min(MAX_AUTO_BATCH, shared)
+        plan.search.batching.num_workers = num_workers(resources)
         setup = TrialSetup(
             model=plan.model,
             revision=plan.recipe.revision,
@@ -173,8 +186,6 @@ def _fit(plan: Plan, command: str) -> None:
                 verbose=0,
             ),
         ).fit()
-        # A worker with too little memory may have lowered the batch size.
-        _record(plan, command)
 
 
 # --- what the driver tells others --------------------------------------------------------------
@@ -196,13 +207,25 @@ def _tracker(plan: Plan) -> Tracker | None:
     return Tracker(experiment, plan.key, name)
 
 
-def _follow(plan: Plan, tracker: Tracker | None, progress: Progress) -> None:
+def _follow(plan: Plan, command: str, tracker: Tracker | None, progress: Progress) -> None:
     search = plan.search
+    charted = 0
 
     def tell(evaluation: Evaluation) -> None:
+        nonlocal charted
         progress.evaluation(search)
-        if tracker is not None:
-            tracker.evaluation(evaluation, _charts(plan, evaluation))
+        if search.num_drawn:
+            # The time taken so far, and the batch size that memory has left.
+            _record(plan, command)
+        if tracker is None:
+            return
+        tracker.evaluation(evaluation)
+        if evaluation.kind == "dense":
+            tracker.chart(0, {"dense_reward": evaluation.mean})
+        steps = search.steps
+        for number in range(charted, len(steps)):
+            tracker.chart(number + 1, _charts(steps[: number + 1]))
+        charted = len(steps)
 
     search.on_evaluation = tell
     if tracker is not None:
@@ -219,21 +242,16 @@ def _follow(plan: Plan, tracker: Tracker | None, progress: Progress) -> None:
         tell(evaluation)
 
 
-def _charts(plan: Plan, evaluation: Evaluation) -> dict[str, float]:
-    """Return the parent run's points for one evaluation."""
-    if evaluation.kind == "dense":
-        return {"dense_reward": evaluation.mean}
-    if evaluation.kind != "search":
-        return {}
-    scored = [
-        e.mean
-        for e in plan.search.evaluations
-        if e.kind == "search" and e.failure is None and e.index <= evaluation.index
-    ]
-    points = {"reward": evaluation.mean, "best_reward": max(scored, default=math.nan)}
-    if isinstance(plan.searcher, AnnealingSearch):
-        points["temperature"] = plan.searcher.state.temperature
-    return points
+def _charts(steps: list[Step]) -> dict[str, float]:
+    """Return the parent run's points for the last of these steps."""
+    last = steps[-1]
+    scored = [step.evaluation.mean for step in steps if not step.lost_race]
+    best = max((mean for mean in scored if not math.isnan(mean)), default=math.nan)
+    return {
+        "reward": math.nan if last.reward is None else last.reward,
+        "best_reward": best,
+        "temperature": math.nan if last.temperature is None else last.temperature,
+    }
 
 
 def _finish_tracking(plan: Plan, tracker: Tracker, status: str) -> None:

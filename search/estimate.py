@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from crdiff_core.errors import ModelError
 from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import GROUPS, BlockRatios
+from search.batching import MAX_BATCH
 from search.config import ConfigError
-from search.plan import MAX_AUTO_BATCH, Plan
+from search.plan import Plan
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +79,7 @@ class Estimate:
             f"one trial  {self.num_timed} pictures of {plan.recipe.num_steps} steps in "
             f"{self.trial_s:.2f} s, {self.batch_size} at once, extrapolated from {_FEW_STEPS[0]} "
             f"and {_FEW_STEPS[1]} steps; before the first, {self.load_s:.0f} s to load",
-            f"search     at most {config.searcher.max_evaluations} evaluations, "
+            f"search     at most {config.budget.steps} evaluations, "
             f"{self.num_pictures} pictures with re-ranking and validation{known}",
             f"time       about {spent} of drawing by one worker such as this ({self.device})",
             f"disk       about {self.results_gib:.2f} GiB of results, and {self.disk_gib:.1f} GiB "
@@ -106,11 +107,11 @@ def estimate(plan: Plan) -> Estimate:
     sizes = {name: len(each) for name, each in plan.prompt_sets.items()}
     top = config.rerank.top if config.rerank.top > 1 else 0
     num_pictures = (
-        (1 + config.searcher.max_evaluations) * sizes["search"]
+        (1 + config.budget.steps) * sizes["search"]
         + top * sizes["rerank"]
         + 2 * sizes["validation"]
     )
-    batch_size = search.batch_size or MAX_AUTO_BATCH
+    batch_size = config.render.batch_size or MAX_BATCH
     prompts = plan.prompt_sets["search"].prompts[:batch_size]
     results_gib, disk_gib = _disk(plan, num_pictures // len(prompts) + 1)
     device = choose_device(config.cluster.device)

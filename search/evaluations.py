@@ -1,21 +1,27 @@
-"""EvaluationSearch: any searcher's ratios, split into prompt batches, answered by the ledger."""
+"""EvaluationSearch: a searcher's candidates, split into prompt batches, known to the ledger."""
 
 from __future__ import annotations
 
 import math
 import statistics
+import time
+from bisect import bisect_right, insort
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ray.tune.search import Searcher
 
 from crdiff_core.prompts import PromptSet
-from crdiff_core.ratios import GROUPS, BlockRatios, Group
-from search.annealing import DECIMALS
+from crdiff_core.ratios import BlockRatios, Group
+from search.batching import Batching
+from search.budget import Budget, Use
 from search.ledger import Ledger, LedgerError, Recipe
+from search.racing import Race, estimate
+from search.searchers import AnnealingSearch
+from search.space import Candidate, Space
 
 if TYPE_CHECKING:
     from crdiff_core.evaluation import Measurement
@@ -32,12 +38,14 @@ _RETRY = ": mend that and run again with trial.retry_failed=true"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A complete evaluation: one ratio triple on one prompt set.
+    """One candidate on one prompt set, as far as the search went with it.
 
     index:        order of completion in this run, from 0.
     key:          the ledger's.
-    rewards:      one for each prompt, in their order; empty if it failed.
+    rewards:      one for each prompt, in their order; fewer if it was stopped, none if it failed.
     failure:      why it failed, in one line.
+    is_stopped:   whether it was left unfinished: it had lost its race, or was no longer needed.
+    estimate:     of the mean reward, where a race was lost; for the searcher alone.
     seconds:      GPU or CPU time of its pictures, whenever they were drawn.
     num_rendered: pictures drawn for it in this run; 0 if the ledger knew it all.
     """
@@ -45,33 +53,65 @@ class Evaluation:
     index: int
     kind: Kind
     key: str
-    ratios: BlockRatios
+    candidate: Candidate
     prompts: PromptSet
     rewards: tuple[float, ...]
     failure: str | None
+    is_stopped: bool
+    estimate: float | None
     sparsity: Mapping[Group, float]
     seconds: float
     num_rendered: int
 
     @property
+    def ratios(self) -> BlockRatios:
+        """The candidate's ratios."""
+        return self.candidate.ratios
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every prompt has its reward."""
+        return len(self.rewards) == len(self.prompts)
+
+    @property
     def mean(self) -> float:
-        """Mean reward; NaN if it failed."""
-        return statistics.fmean(self.rewards) if self.rewards else math.nan
+        """Mean reward over all prompts; NaN if it failed or was stopped."""
+        return statistics.fmean(self.rewards) if self.is_complete else math.nan
 
     @property
     def standard_error(self) -> float:
         """Standard error of the mean over prompts; NaN for fewer than two."""
-        if len(self.rewards) < 2:
+        if len(self.rewards) < 2 or not self.is_complete:
             return math.nan
         return statistics.stdev(self.rewards) / math.sqrt(len(self.rewards))
 
 
-@dataclass
+@dataclass(frozen=True)
+class Step:
+    """A step of the search: the same for any number of workers.
+
+    chain, number: of the annealing chain, from 0, and the step in it, from 1.
+    reward:        that the searcher took; an estimate if the race was lost; None if it failed.
+    lost_race:     so that it cannot be the best, even where all its prompts were drawn.
+    event:         seed, accept, reject or fail; temperature: after it. Annealing's only.
+    """
+
+    chain: int
+    number: int
+    evaluation: Evaluation
+    reward: float | None
+    lost_race: bool
+    event: str | None = None
+    temperature: float | None = None
+
+
+@dataclass(eq=False)
 class _Open:
     """An evaluation under way."""
 
     kind: Kind
-    ratios: BlockRatios
+    candidate: Candidate
+    key: str
     prompts: PromptSet
     searcher_id: str | None = None
     # Numbers of prompts: without a reward yet, and of those the ones that no trial draws yet.
@@ -81,19 +121,10 @@ class _Open:
     failure: str | None = None
     num_rendered: int = 0
 
-
-@dataclass(frozen=True)
-class Budget:
-    """How much to evaluate.
-
-    max_evaluations: ratio triples that the searcher may have evaluated.
-    rerank_top:      how many of the best are compared again on fresh prompts.
-    max_failures:    how often one prompt batch is tried again before its evaluation fails.
-    """
-
-    max_evaluations: int
-    rerank_top: int = 3
-    max_failures: int = 2
+    @property
+    def num_first(self) -> int:
+        """How many prompts from the first on have their reward, without a gap."""
+        return min(self.missing, default=len(self.prompts))
 
 
 class EvaluationSearch(Searcher):  # type: ignore[misc]
@@ -102,58 +133,96 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
     The dense baseline, the search, the re-ranking of the best few on fresh prompts and the
     validation of the winner are evaluations of one Tuner run, on the same loaded replicas. What
     the ledger knows is not drawn again, so running a search again replays it. The wrapped
-    searcher sees only ratios and mean rewards. All prompt batches are handed out in order.
+    searcher sees only its own dimensions and rewards.
 
-    batch_size: prompts of one trial; must be set before Ray asks for one. A worker without the
-                memory for as many draws them in parts and says so, which lowers it for the rest.
+    Batches are handed out in the order of how likely they are to be needed: those of the step
+    that annealing takes next, then those of steps that it may take after it. An evaluation that
+    has lost its race, or that the chain has passed by, gets no more of them.
+
+    rerank_top:      how many of the best are compared again on fresh prompts.
+    rerank_off_path: whether evaluations that annealing passed by are among them. Which there are
+                     depends on the number of workers, and so would the winner.
+    max_failures:    how often one prompt batch is tried again before its evaluation fails.
+    warm_start:      candidates that other searches evaluated, for the searcher to know.
+    gpus_per_trial:  by which hours of drawing are GPU hours.
+    earlier_wall_s:  seconds that earlier sessions of this search took.
+    clock:           of seconds.
     """
 
     def __init__(
         self,
         searcher: Searcher,
         *,
+        space: Space,
         prompt_sets: Mapping[str, PromptSet],
         recipe: Recipe,
         ledger: Ledger,
         budget: Budget,
-        batch_size: int | None = None,
+        batching: Batching | None = None,
+        race: Race | None = None,
+        rerank_top: int = 3,
+        rerank_off_path: bool = False,
+        max_failures: int = 2,
+        warm_start: Sequence[Candidate] = (),
+        gpus_per_trial: float = 1.0,
+        earlier_wall_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
         self.evaluations: list[Evaluation] = []
         self.failure: str | None = None
+        self.ended_by: str | None = None
+        """The limit that ended the search, if it was not the number of steps."""
         self.winner: Evaluation | None = None
-        self.batch_size = batch_size
+        self.batching = batching or Batching()
         self.on_evaluation: Callable[[Evaluation], None] = lambda _: None
         self._searcher = searcher
+        self._annealing = searcher if isinstance(searcher, AnnealingSearch) else None
+        self._space = space
         self._prompt_sets = prompt_sets
         self._recipe = recipe
         self._ledger = ledger
         self._budget = budget
+        self._race = race
+        self._rerank_top = rerank_top
+        self._rerank_off_path = rerank_off_path
+        self._max_failures = max_failures
+        self._gpus_per_trial = gpus_per_trial
+        self._earlier_wall_s = earlier_wall_s
+        self._clock = clock
+        self._num_drawn_before = ledger.spent.num_pictures
+        self._began_s: float | None = None
+        self._latest_s = 0.0
+        self._keys: dict[Candidate, str] = {}
         self._open: list[_Open] = []
         self._trials: dict[str, tuple[_Open, Batch]] = {}
+        self._last: dict[str, Evaluation] = {}
+        # Of every search evaluation, how many prompts were drawn; sorted.
+        self._drawn: list[int] = []
         self._num_suggested = 0
-        self._num_named = 0
         self._exhausted = False
-        self._begin("dense", BlockRatios(), "search")
+        self._begin("dense", Candidate(BlockRatios(), recipe.poa_weight), "search")
+        self._warm: list[Evaluation] = []
+        for candidate in warm_start:
+            self._tell_known(candidate)
 
     # --- what Ray asks -----------------------------------------------------------------------
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return the next prompt batch to draw; None if there is none just now."""
-        assert self.batch_size is not None
+        if self._began_s is None:
+            self._began_s = self._latest_s = self._clock()
         while not self.finished:
-            for evaluation in self._open:
-                if evaluation.todo:
-                    # Of equal size, since compiled models compile for each size anew.
-                    num_batches = math.ceil(len(evaluation.todo) / self.batch_size)
-                    size = math.ceil(len(evaluation.todo) / num_batches)
-                    batch = tuple(evaluation.todo.popleft() for _ in range(size))
-                    self._trials[trial_id] = (evaluation, batch)
-                    return {
-                        "ratios": evaluation.ratios.as_dict(),
-                        "prompts": evaluation.prompts.name,
-                        "batch": list(batch),
-                    }
+            evaluation = self._most_needed()
+            if evaluation is not None:
+                batch = self._cut(evaluation)
+                self._trials[trial_id] = (evaluation, batch)
+                return {
+                    "ratios": evaluation.candidate.ratios.as_dict(),
+                    "poa_weight": evaluation.candidate.poa_weight,
+                    "prompts": evaluation.prompts.name,
+                    "batch": list(batch),
+                }
             if not self._begin_next():
                 return None
         return str(Searcher.FINISHED)
@@ -161,13 +230,14 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Write a batch's rewards to the ledger, then tell the searcher if that completes one.
+        """Write a batch's rewards to the ledger, then tell the searcher what they complete.
 
-        A batch that failed is handed out again, up to budget.max_failures times. A ledger that
-        cannot be written ends the search: what is not recorded would be paid for twice.
+        A batch that failed is handed out again, up to max_failures times. A ledger that cannot be
+        written ends the search: what is not recorded would be paid for twice.
         """
         if trial_id not in self._trials:
             return
+        self._latest_s = self._clock()
         try:
             self._settle(*self._trials.pop(trial_id), result, error)
         except LedgerError as broken:
@@ -188,14 +258,12 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             self._record(evaluation, batch, measured)
             evaluation.num_rendered += len(measured.rewards)
             evaluation.missing.difference_update(batch)
-            if measured.batch_size < len(batch):
-                assert self.batch_size is not None
-                self.batch_size = min(self.batch_size, measured.batch_size)
+            seconds = sum(measured.seconds.values())
+            self.batching.record(len(batch), seconds, measured.batch_size)
         elif (
             result is not None
             and result.get("transient")
-            and max(evaluation.num_failures[number] for number in batch)
-            < self._budget.max_failures
+            and max(evaluation.num_failures[number] for number in batch) < self._max_failures
         ):
             # By prompt: the next try may be cut into other batches.
             evaluation.num_failures.update(batch)
@@ -203,7 +271,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         else:
             self._record(evaluation, batch, failure)
             evaluation.failure = failure
-        self._complete_if_done(evaluation)
+        self._tell(evaluation)
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
         """Return True: batches are handed out as workers ask for them, without a limiter."""
@@ -220,7 +288,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         # Ray pickles searchers into its own checkpoints, which we never read.
         return {}
 
-    # --- the course of a search --------------------------------------------------------------
+    # --- what others read ----------------------------------------------------------------------
 
     @property
     def finished(self) -> bool:
@@ -228,10 +296,79 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         return self.failure is not None or len(self._of("validation", "dense validation")) == 2
 
     @property
-    def num_expected(self) -> int:
-        """How many evaluations the whole run will have, as far as is known now."""
-        searched = len(self._of("search")) if self._exhausted else self._budget.max_evaluations
-        return 1 + searched + self._budget.rerank_top + 2
+    def steps(self) -> list[Step]:
+        """The steps of the search so far, in their order; annealing's chains take turns."""
+        if self._annealing is None:
+            return [
+                Step(0, number, e, e.estimate if e.is_stopped else _number(e.mean), e.is_stopped)
+                for number, e in enumerate(self._of("search")[len(self._warm) :], 1)
+            ]
+        found = []
+        for commit in sorted(self._annealing.commits, key=lambda c: (c.state.step, c.chain)):
+            evaluation = self._last.get(self._key(self._candidate_at(commit.point)))
+            if evaluation is None:  # It has just lost its race, and is about to be closed.
+                break
+            found.append(
+                Step(
+                    chain=commit.chain,
+                    number=commit.state.step,
+                    evaluation=evaluation,
+                    reward=commit.outcome.reward,
+                    lost_race=commit.outcome.stopped,
+                    event=commit.state.event,
+                    temperature=commit.state.temperature,
+                )
+            )
+        return found
+
+    @property
+    def candidates(self) -> list[Evaluation]:
+        """The evaluations that may win, best first, each candidate once."""
+        found = {step.evaluation.key: step.evaluation for step in self.steps if not step.lost_race}
+        found |= {evaluation.key: evaluation for evaluation in self._warm}
+        if self._rerank_off_path:
+            found |= {e.key: e for e in self._of("search")}
+        return sorted((e for e in found.values() if e.is_complete), key=lambda e: -e.mean)
+
+    @property
+    def best_off_path(self) -> Evaluation | None:
+        """The best evaluation that annealing passed by, if it is better than the best it took."""
+        taken = {step.evaluation.key for step in self.steps} | {e.key for e in self._warm}
+        passed = [e for e in self._of("search") if e.is_complete and e.key not in taken]
+        best = max(passed, key=lambda e: e.mean, default=None)
+        candidates = self.candidates
+        if best is None or (candidates and candidates[0].mean >= best.mean):
+            return None
+        return best
+
+    @property
+    def use(self) -> Use:
+        """What the search has taken so far, in all its sessions."""
+        return self._use(0)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds from a session's first trial to its latest one's end, over all sessions."""
+        session = 0.0 if self._began_s is None else self._latest_s - self._began_s
+        return self._earlier_wall_s + session
+
+    @property
+    def warm_start(self) -> list[Candidate]:
+        """What other searches had evaluated when this one began."""
+        return [evaluation.candidate for evaluation in self._warm]
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Steps and other evaluations that are done, and how many there will be."""
+        others = len(self.evaluations) - len(self._of("search"))
+        num_steps = len(self.steps)
+        searched = num_steps if self._exhausted else self._budget.steps
+        return num_steps + others, 1 + searched + self._rerank_top + 2
+
+    @property
+    def num_drawn(self) -> int:
+        """How many pictures this session has drawn."""
+        return self._ledger.spent.num_pictures - self._num_drawn_before
 
     @property
     def num_known(self) -> int:
@@ -241,7 +378,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
 
     def replay(self) -> bool:
         """Go as far as the ledger reaches; return whether that is the end."""
-        while not self.finished and not any(evaluation.todo for evaluation in self._open):
+        while not self.finished and self._most_needed() is None:
             if not self._begin_next():
                 break
         return self.finished
@@ -253,6 +390,46 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
     def _of(self, *kinds: Kind) -> list[Evaluation]:
         return [evaluation for evaluation in self.evaluations if evaluation.kind in kinds]
 
+    # --- the course of a search --------------------------------------------------------------
+
+    def _most_needed(self) -> _Open | None:
+        """Return the evaluation whose next batch is the likeliest to be needed."""
+        while True:
+            waiting = [evaluation for evaluation in self._open if evaluation.todo]
+            best = max(waiting, key=self._need, default=None)
+            if self._annealing is None or self._exhausted or self._dense_is_open:
+                return best
+            least = 0.0 if best is None else self._need(best)
+            if self._annealing.next_likelihood <= least or not self._begin_suggested():
+                return best
+
+    @property
+    def _dense_is_open(self) -> bool:
+        # If it cannot be evaluated there is no search.
+        return any(evaluation.kind == "dense" and evaluation.todo for evaluation in self._open)
+
+    def _need(self, evaluation: _Open) -> float:
+        """Return how likely an evaluation's next batch is to be needed."""
+        if evaluation.kind != "search" or self._annealing is None:
+            return 1.0
+        assert evaluation.searcher_id is not None
+        likelihood = self._annealing.likelihood(evaluation.searcher_id)
+        if self._race is None:
+            return likelihood
+        # The share of evaluations that were still in the race after as many prompts.
+        num_handed_out = len(evaluation.prompts) - len(evaluation.todo)
+        num_further = len(self._drawn) - bisect_right(self._drawn, num_handed_out)
+        return likelihood * (num_further + 1) / (len(self._drawn) + 1)
+
+    def _cut(self, evaluation: _Open) -> Batch:
+        num_left = len(evaluation.todo)
+        size = self.batching.size(len(evaluation.prompts))
+        if self._race is not None and evaluation.kind == "search":
+            size = min(size, self._race.stride)
+        # Of equal size, since compiled models compile for each size anew.
+        size = math.ceil(num_left / math.ceil(num_left / size))
+        return tuple(evaluation.todo.popleft() for _ in range(size))
+
     def _begin_next(self) -> bool:
         """Begin the next evaluation, if what it depends on is known."""
         if self._begin_suggested():
@@ -263,54 +440,98 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
     def _begin_suggested(self) -> bool:
         if self._exhausted:
             return False
-        if self._num_suggested >= self._budget.max_evaluations:
+        if self._annealing is None and self._num_suggested >= self._budget.steps:
             self._exhausted = True
             return False
-        searcher_id = f"evaluation{self._num_named}"
+        searcher_id = f"evaluation{self._num_suggested}"
         suggested = self._searcher.suggest(searcher_id)
         if suggested is None:
             return False
         if suggested == Searcher.FINISHED:
             self._exhausted = True
             return False
-        self._num_named += 1
+        candidate = self._space.candidate(suggested)
+        if self._missing(candidate) and self._is_over_budget(candidate):
+            self._exhausted = True
+            if self._annealing is not None:
+                self._annealing.drop(searcher_id)
+            return False
         self._num_suggested += 1
-        ratios = BlockRatios(**{group: round(suggested[group], DECIMALS) for group in GROUPS})
-        self._begin("search", ratios, "search", searcher_id)
+        self._begin("search", candidate, "search", searcher_id)
         return True
+
+    def _is_over_budget(self, candidate: Candidate) -> bool:
+        """Note the limit that evaluating this candidate, and the end after it, would exceed."""
+        self.ended_by = self._budget.exceeded(self._use(len(self._missing(candidate)), candidate))
+        return self.ended_by is not None
+
+    def _use(self, num_next: int, candidate: Candidate | None = None) -> Use:
+        """Return what was taken, or what will be if a candidate is evaluated too."""
+        spent = self._ledger.spent
+        num_coming = 0
+        keys = spent.keys | {e.key for e in self._open} | {e.key for e in self._of("search")}
+        if candidate is not None:
+            keys = keys | {self._key(candidate)}
+            sizes = {name: len(prompts) for name, prompts in self._prompt_sets.items()}
+            reranked = self._rerank_top if self._rerank_top > 1 else 0
+            begun = sum(len(evaluation.missing) for evaluation in self._open)
+            last = reranked * sizes["rerank"] + 2 * sizes["validation"]
+            num_coming = num_next + begun + last
+        each_s = spent.seconds / spent.num_pictures if spent.num_pictures else 0.0
+        coming_s = num_coming * each_s
+        return Use(
+            evaluations=len(keys - {self._key(Candidate(BlockRatios(), 0.0))}),
+            pictures=spent.num_pictures + num_coming,
+            gpu_hours=(spent.seconds + coming_s) * self._gpus_per_trial / 3600,
+            wall_hours=(self.wall_s + coming_s / self.batching.num_workers) / 3600,
+        )
 
     def _rerank(self) -> bool:
         """Compare the best few on fresh prompts, then validate the winner on others again."""
-        best: dict[str, Evaluation] = {}
-        for evaluation in sorted(self._of("search"), key=_by_mean):
-            best.setdefault(evaluation.key, evaluation)
-        candidates = [e for e in best.values() if e.failure is None][: self._budget.rerank_top]
+        candidates = self.candidates[: self._rerank_top]
         if not candidates:
-            self.failure = f"every evaluation failed; the last: {self._of('search')[-1].failure}"
-            self.failure += _RETRY
+            searched = self._of("search")
+            self.failure = (
+                f"every evaluation failed; the last: {searched[-1].failure}{_RETRY}"
+                if searched
+                else f"{self.ended_by} is used up before the first evaluation: raise it"
+            )
             return True
         reranking = any(evaluation.kind == "rerank" for evaluation in self._open)
         if reranking:
             return False
         if len(candidates) > 1 and not self._of("rerank"):
             for candidate in candidates:
-                self._begin("rerank", candidate.ratios, "rerank")
+                self._begin("rerank", candidate.candidate, "rerank")
             return True
-        reranked = sorted(self._of("rerank"), key=_by_mean)
-        ratios = next((e.ratios for e in reranked if e.failure is None), candidates[0].ratios)
-        self.winner = next(e for e in candidates if e.ratios == ratios)
-        self._begin("dense validation", BlockRatios(), "validation")
-        self._begin("validation", ratios, "validation")
+        reranked = [e for e in self._of("rerank") if e.failure is None]
+        best = max(reranked, key=lambda e: e.mean, default=candidates[0])
+        self.winner = next(e for e in candidates if e.key == best.key)
+        dense = Candidate(BlockRatios(), self._recipe.poa_weight)
+        self._begin("dense validation", dense, "validation")
+        self._begin("validation", self.winner.candidate, "validation")
         return True
+
+    def _tell_known(self, candidate: Candidate) -> None:
+        """Give the searcher a result of another search, which the ledger holds."""
+        suggestion = self._space.suggestion(candidate)
+        if suggestion is None or self._missing(candidate):
+            return
+        self._begin("search", candidate, "search")
+        evaluation = self.evaluations[-1]
+        self._warm.append(evaluation)
+        self._searcher.add_evaluated_point(
+            suggestion, evaluation.mean, error=evaluation.failure is not None
+        )
 
     # --- one evaluation ----------------------------------------------------------------------
 
     def _begin(
-        self, kind: Kind, ratios: BlockRatios, prompts: str, searcher_id: str | None = None
+        self, kind: Kind, candidate: Candidate, prompts: str, searcher_id: str | None = None
     ) -> None:
         prompt_set = self._prompt_sets[prompts]
-        evaluation = _Open(kind, ratios, prompt_set, searcher_id)
-        key = self._recipe.key(ratios)
+        key = self._key(candidate)
+        evaluation = _Open(kind, candidate, key, prompt_set, searcher_id)
         for number, prompt in enumerate(prompt_set.prompts):
             known = self._ledger.get(key, prompt)
             if known is None:
@@ -319,39 +540,105 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             elif known.failure is not None:
                 evaluation.failure = evaluation.failure or known.failure
         self._open.append(evaluation)
-        self._complete_if_done(evaluation)
+        self._tell(evaluation)
+
+    def _key(self, candidate: Candidate) -> str:
+        if candidate not in self._keys:
+            self._keys[candidate] = self._recipe_of(candidate).key(candidate.ratios)
+        return self._keys[candidate]
+
+    def _recipe_of(self, candidate: Candidate) -> Recipe:
+        return replace(self._recipe, poa_weight=candidate.poa_weight)
+
+    def _candidate_at(self, point: tuple[float, ...]) -> Candidate:
+        return self._space.candidate(dict(zip(self._space.bounds, point, strict=True)))
+
+    def _missing(self, candidate: Candidate) -> list[int]:
+        """Return the numbers of the search prompts that the ledger knows nothing of."""
+        key = self._key(candidate)
+        prompts = self._prompt_sets["search"].prompts
+        return [n for n, prompt in enumerate(prompts) if self._ledger.get(key, prompt) is None]
 
     def _record(self, evaluation: _Open, batch: Batch, outcome: Measurement | str) -> None:
         prompts = [evaluation.prompts.prompts[number] for number in batch]
-        self._ledger.append(self._recipe, evaluation.ratios, prompts, outcome)
+        recipe = self._recipe_of(evaluation.candidate)
+        self._ledger.append(recipe, evaluation.candidate.ratios, prompts, outcome)
 
-    def _complete_if_done(self, evaluation: _Open) -> None:
-        if evaluation not in self._open or (evaluation.missing and evaluation.failure is None):
+    def _tell(self, evaluation: _Open) -> None:
+        """Tell the searcher what is known of an evaluation now, and close what is done with."""
+        if evaluation not in self._open:
             return
+        if evaluation.failure is not None or not evaluation.missing:
+            self._close(evaluation)
+        elif self._race is not None and evaluation.searcher_id is not None:
+            self._run_race(evaluation, evaluation.searcher_id, self._race)
+        if self._annealing is not None:
+            for each in [e for e in self._open if e.kind == "search"]:
+                assert each.searcher_id is not None
+                if self._annealing.likelihood(each.searcher_id) == 0:
+                    self._close(each, is_stopped=True)
+
+    def _run_race(self, evaluation: _Open, searcher_id: str, race: Race) -> None:
+        """Look whether an unfinished evaluation can still reach what it has to."""
+        rewards = self._rewards(evaluation)[: evaluation.num_first]
+        if self._annealing is not None:
+            # It knows what each proposal has to gain over which point.
+            self._annealing.on_trial_result(searcher_id, {"rewards": rewards})
+            return
+        complete = [e for e in self._of("search") if e.is_complete]
+        best = max(complete, key=lambda e: e.mean, default=None)
+        lost_at = None if best is None else race.lost_at(rewards, best.rewards, 0.0)
+        if lost_at is not None:
+            assert best is not None
+            value = estimate(rewards[:lost_at], best.rewards)
+            self._close(evaluation, is_stopped=True, estimate=value)
+
+    def _rewards(self, evaluation: _Open) -> list[float]:
+        known = (self._ledger.get(evaluation.key, each) for each in evaluation.prompts.prompts)
+        return [entry.reward for entry in known if entry is not None and entry.reward is not None]
+
+    def _close(
+        self, evaluation: _Open, is_stopped: bool = False, estimate: float | None = None
+    ) -> None:
         self._open.remove(evaluation)
-        key = self._recipe.key(evaluation.ratios)
-        known = [self._ledger.get(key, prompt) for prompt in evaluation.prompts.prompts]
+        known = [self._ledger.get(evaluation.key, p) for p in evaluation.prompts.prompts]
         entries = [entry for entry in known if entry is not None]
-        failed = evaluation.failure is not None
-        rewards = [entry.reward for entry in entries if entry.reward is not None]
-        complete = Evaluation(
+        has_failed = evaluation.failure is not None
+        closed = Evaluation(
             index=len(self.evaluations),
             kind=evaluation.kind,
-            key=key,
-            ratios=evaluation.ratios,
+            key=evaluation.key,
+            candidate=evaluation.candidate,
             prompts=evaluation.prompts,
-            rewards=() if failed else tuple(rewards),
+            rewards=() if has_failed else tuple(self._rewards(evaluation)),
             failure=evaluation.failure,
+            is_stopped=is_stopped,
+            estimate=estimate,
             sparsity=next((entry.sparsity for entry in entries if entry.reward is not None), {}),
             seconds=sum(entry.seconds for entry in entries),
             num_rendered=evaluation.num_rendered,
         )
-        self.evaluations.append(complete)
+        self.evaluations.append(closed)
+        if closed.kind == "search":
+            self._last[closed.key] = closed
+            insort(self._drawn, len(closed.rewards))
         if evaluation.searcher_id is not None:
-            result = None if failed else {METRIC: complete.mean}
-            self._searcher.on_trial_complete(evaluation.searcher_id, result, error=failed)
-        self._stop_if_hopeless(complete)
-        self.on_evaluation(complete)
+            self._report(evaluation.searcher_id, closed)
+        self._stop_if_hopeless(closed)
+        self.on_evaluation(closed)
+
+    def _report(self, searcher_id: str, closed: Evaluation) -> None:
+        if closed.is_stopped and self._annealing is not None:
+            self._annealing.drop(searcher_id)
+        elif closed.is_stopped:
+            self._searcher.on_trial_complete(searcher_id, {METRIC: closed.estimate})
+        elif closed.failure is not None:
+            self._searcher.on_trial_complete(searcher_id, None, error=True)
+        else:
+            result: dict[str, Any] = {METRIC: closed.mean}
+            if self._race is not None and self._annealing is not None:
+                result["rewards"] = list(closed.rewards)
+            self._searcher.on_trial_complete(searcher_id, result)
 
     def _stop_if_hopeless(self, last: Evaluation) -> None:
         searched = self._of("search")
@@ -361,39 +648,5 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             self.failure = f"the first {_HOPELESS} evaluations failed: {last.failure}{_RETRY}"
 
 
-def _by_mean(evaluation: Evaluation) -> float:
-    """Sort best first, failures last; equal means keep their order."""
-    return math.inf if evaluation.failure is not None else -evaluation.mean
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A paired comparison of two evaluations on the same prompts.
-
-    difference: mean over prompts of (pruned - dense).
-    low, high:  its 95% confidence interval, by the t distribution.
-    """
-
-    difference: float
-    low: float
-    high: float
-    num_prompts: int
-
-    @property
-    def verdict(self) -> Literal["better", "no difference shown", "worse"]:
-        """What the interval says in words."""
-        if self.low > 0:
-            return "better"
-        return "worse" if self.high < 0 else "no difference shown"
-
-
-def compare(rewards: Sequence[float], baseline: Sequence[float]) -> Comparison:
-    """Compare two evaluations, prompt by prompt; at least two prompts."""
-    from scipy import stats
-
-    differences = [a - b for a, b in zip(rewards, baseline, strict=True)]
-    mean = statistics.fmean(differences)
-    if len(set(differences)) == 1:  # No spread: the interval is a point.
-        return Comparison(mean, mean, mean, len(differences))
-    interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-    return Comparison(mean, float(interval.low), float(interval.high), len(differences))
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from crdiff_core.errors import CRDiffError
 from crdiff_core.models import Model
 from crdiff_core.ratios import GROUPS, RatiosFile
+from search.comparison import Comparison, compare
 from search.config import Config, ConfigError
-from search.evaluations import Comparison, Evaluation, compare
+from search.evaluations import Evaluation
 from search.plan import EARLIER, RUN_FILE, Plan
 
 RATIOS_FILE = "best_ratios.json"
@@ -47,7 +48,7 @@ def write_ratios(plan: Plan) -> Path:
         resolution=plan.config.res,
         score=winner.mean,
         ratios=winner.ratios,
-        poa_weight=plan.config.poa_weight,
+        poa_weight=winner.candidate.poa_weight,
         provenance=_provenance(plan, winner),
     ).write(path)
     return path
@@ -56,7 +57,8 @@ def write_ratios(plan: Plan) -> Path:
 def _provenance(plan: Plan, winner: Evaluation) -> dict[str, Any]:
 
     comparison = validated(plan)
-    searched = [e for e in plan.search.evaluations if e.kind == "search"]
+    searched = {step.evaluation.key: step.evaluation for step in plan.search.steps}
+    use = plan.search.use
     reranked = next(
         (e for e in plan.search.evaluations if e.kind == "rerank" and e.key == winner.key), None
     )
@@ -67,20 +69,25 @@ def _provenance(plan: Plan, winner: Evaluation) -> dict[str, Any]:
         "source": _source(plan.model),
         "num_prunable": plan.model.num_prunable(),
         "sparsity": dict(winner.sparsity),
+        # What decided the course of the search: the same for any number of workers.
         "searcher": plan.config.searcher.model_dump(mode="json"),
+        "space": plan.config.space.model_dump(mode="json"),
+        "racing": plan.config.racing.model_dump(mode="json"),
         "seed": plan.config.seed,
         "prompts": {
             name: {"digest": prompts.digest, "num_prompts": len(prompts)}
             for name, prompts in plan.prompt_sets.items()
         },
+        "num_steps": len(plan.search.steps),
         "num_evaluations": len(searched),
-        "num_failed": sum(e.failure is not None for e in searched),
+        "num_failed": sum(e.failure is not None for e in searched.values()),
         "dense_score": dense.mean if dense else None,
         "rerank_score": reranked.mean if reranked and not reranked.failure else None,
         "validation": {**asdict(comparison), "verdict": comparison.verdict}
         if comparison
         else None,
-        "batch_size": plan.search.batch_size,
+        # What it took, which depends on the workers.
+        "use": {name: round(value, 6) for name, value in asdict(use).items()},
         "versions": {package: version(package) for package in _PACKAGES},
     }
 

@@ -7,8 +7,8 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from crdiff_core.errors import CRDiffError
 from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import GROUPS, BlockRatios, Group, Resolution
+from search.space import Candidate
 
 if TYPE_CHECKING:
     from crdiff_core.evaluation import Measurement
@@ -64,10 +65,10 @@ class Recipe:
         # The dense model has no pruned output to amplify: one key whatever the weight.
         recipe = replace(self, poa_weight=0.0) if ratios.is_dense else self
         parts = {**asdict(recipe), "ratios": ratios.as_dict()}
-        for field in fields(recipe):
+        for each in fields(recipe):
             # What came later leaves the keys of earlier ledgers as they are.
-            if field.default is not MISSING and parts[field.name] == field.default:
-                del parts[field.name]
+            if each.default is not MISSING and parts[each.name] == each.default:
+                del parts[each.name]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -93,6 +94,8 @@ SCHEMA = pa.schema(
         ("reward_name", pa.string()),
         ("reward_version", pa.string()),
         ("size_conditioning", pa.string()),
+        # The search that paid for it.
+        ("run", pa.string()),
         ("batch_size", pa.int32()),
         # Of the whole batch, divided evenly among its prompts.
         ("seconds", pa.float64()),
@@ -112,6 +115,19 @@ class Entry:
     sparsity: dict[Group, float]
 
 
+@dataclass
+class Spent:
+    """What one search has paid for so far, in all its sessions.
+
+    seconds: that workers took to draw and score, summed over them.
+    keys:    of what it evaluated.
+    """
+
+    num_pictures: int = 0
+    seconds: float = 0.0
+    keys: set[str] = field(default_factory=set)
+
+
 class Ledger:
     """An append-only folder of Parquet files, one row for each (evaluation key, prompt, seed).
 
@@ -119,13 +135,18 @@ class Ledger:
     drivers may append to one folder. Where a row is there twice, the first one written counts.
     """
 
-    def __init__(self, folder: Path, *, retry_failed: bool = False) -> None:
+    def __init__(self, folder: Path, *, run: str = "", retry_failed: bool = False) -> None:
         """Read what is there.
 
+        run:          name of the search that appends.
         retry_failed: forget recorded failures, so that they are evaluated again.
         Raises LedgerError if the folder cannot be made or read.
         """
         self.folder = folder
+        self.candidates: dict[str, Candidate] = {}
+        """What each key stands for, whichever search evaluated it."""
+        self.spent = Spent()
+        self._run = run
         self._retry_failed = retry_failed
         self._entries: dict[tuple[str, str, int], Entry] = {}
         try:
@@ -137,8 +158,7 @@ class Ledger:
             ) from error
         for row in rows:
             sparsity = {group: row[f"sparsity_{group}"] for group in GROUPS}
-            entry = Entry(row["reward"], row["failure"], row["seconds"], sparsity)
-            self._add((row["key"], row["prompt"], row["seed"]), entry)
+            self._add(row, sparsity)
 
     def table(self) -> pa.Table:
         """Return every row, oldest file first, for reading in pandas or DuckDB."""
@@ -180,12 +200,13 @@ class Ledger:
             **{group: ratios[group] for group in GROUPS},
             **{f"sparsity_{group}": sparsity.get(group) for group in GROUPS},
             **{
-                field: value
-                for field, value in asdict(recipe).items()
-                if field not in {"reward", "poa_weight"}
+                name: value
+                for name, value in asdict(recipe).items()
+                if name not in {"reward", "poa_weight"}
             },
             "poa_weight": 0.0 if ratios.is_dense else recipe.poa_weight,
             "reward_name": recipe.reward,
+            "run": self._run,
             "batch_size": len(prompts) if isinstance(outcome, str) else outcome.batch_size,
             "seconds": seconds / len(prompts),
             "measured_at": datetime.now(UTC),
@@ -196,10 +217,18 @@ class Ledger:
         ]
         self._write(pa.Table.from_pylist(rows, schema=SCHEMA))
         for row in rows:
-            entry = Entry(row["reward"], row["failure"], row["seconds"], sparsity)
-            self._add((row["key"], row["prompt"], row["seed"]), entry)
+            self._add(row, sparsity)
 
-    def _add(self, key: tuple[str, str, int], entry: Entry) -> None:
+    def _add(self, row: Mapping[str, Any], sparsity: dict[Group, float]) -> None:
+        if row["key"] not in self.candidates:
+            ratios = BlockRatios(**{group: row[group] for group in GROUPS})
+            self.candidates[row["key"]] = Candidate(ratios, row["poa_weight"])
+        if self._run and row["run"] == self._run:
+            self.spent.num_pictures += row["reward"] is not None
+            self.spent.seconds += row["seconds"]
+            self.spent.keys.add(row["key"])
+        entry = Entry(row["reward"], row["failure"], row["seconds"], sparsity)
+        key = (row["key"], row["prompt"], row["seed"])
         known = self._entries.get(key)
         if entry.failure is not None and (self._retry_failed or known is not None):
             return

@@ -6,38 +6,46 @@ import hashlib
 import json
 import random
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ray.tune.search import Searcher
 
 from crdiff_core.errors import PromptError
 from crdiff_core.models import Model
 from crdiff_core.prompts import PromptSet, read_texts, shipped_texts, split_prompts
-from crdiff_core.ratios import GROUPS
+from crdiff_core.ratios import BlockRatios
 from crdiff_core.rewards import Reward, load_reward
+from search.baselines import baseline
+from search.batching import Batching
+from search.budget import Budget
 from search.config import AnnealingSettings, Config, ConfigError
-from search.evaluations import Budget, EvaluationSearch
+from search.evaluations import EvaluationSearch
 from search.ledger import Ledger, Recipe
-from search.searchers import AnnealingSearch, random_search
+from search.racing import Race
+from search.searchers import AnnealingSearch
+from search.space import Candidate, Space
 
 RUN_FILE = "run.json"
 # Where a run's folder keeps its results under other settings.
 EARLIER = "earlier"
-# More pictures at once gain nothing further.
-MAX_AUTO_BATCH = 16
+# Annealing's evaluations ahead of its steps speed it up by about their number to this power:
+# tests/benchmarks/searchers.py.
+_SPECULATION_GAIN = 0.6
 
 
 @dataclass(frozen=True)
 class Plan:
     """One search with its folder, model, reward, prompts, ledger and searcher.
 
+    key: names the search: a digest of all that decides its course, but not of where it ends.
     Making a plan checks all that can be checked without loading the model, draws nothing and
     writes nothing but an empty ledger folder.
     """
 
     config: Config
     folder: Path
+    key: str
     model: Model
     recipe: Recipe
     reward: Reward
@@ -78,32 +86,45 @@ class Plan:
         prompt_sets = choose_prompts(config)
         reward.check([each.text for prompts in prompt_sets.values() for each in prompts.prompts])
         cell = Path(config.output).absolute() / f"{model.name}_{config.res}"
-        folder = cell / f"{config.searcher.name}-seed{config.seed}"
-        searcher = _searcher(config)
+        folder = cell / _folder_name(config)
+        key = _key(config, recipe, prompt_sets)
+        record = _record_of(folder, key)
+        # All searches of a cell share its ledger: a triple is drawn once for all of them.
+        ledger = Ledger(cell / "ledger", run=key, retry_failed=config.trial.retry_failed)
+        race = None
+        if config.racing.name == "on":
+            race = Race(config.racing.alpha, config.racing.stride)
+        space = Space(config.space.bounds, config.poa_weight)
+        searcher = _searcher(config, space, race)
+        gain = 1.0
+        if isinstance(config.searcher, AnnealingSettings):
+            gain = 0.0 if config.searcher.speculation == "off" else _SPECULATION_GAIN
+        warm_start: tuple[Candidate, ...] = ()
+        if config.searcher.warm_start:
+            known = record.get("warm_start")
+            # What there was when the search began: what came later would change its course.
+            warm_start = tuple(
+                ledger.candidates.values()
+                if known is None
+                else (Candidate(BlockRatios(*ratios), poa_weight) for *ratios, poa_weight in known)
+            )
         search = EvaluationSearch(
             searcher,
+            space=space,
             prompt_sets=prompt_sets,
             recipe=recipe,
-            # All searches of a cell share its ledger: a triple is drawn once for all of them.
-            ledger=Ledger(cell / "ledger", retry_failed=config.trial.retry_failed),
-            batch_size=config.render.batch_size or _recorded_batch_size(folder),
-            budget=Budget(
-                config.searcher.max_evaluations, config.rerank.top, config.trial.max_failures
-            ),
+            ledger=ledger,
+            budget=Budget(**config.budget.model_dump()),
+            batching=Batching(config.render.batch_size, gain, first=record.get("batch_size")),
+            race=race,
+            rerank_top=config.rerank.top,
+            rerank_off_path=config.rerank.off_path,
+            max_failures=config.trial.max_failures,
+            warm_start=warm_start,
+            gpus_per_trial=config.cluster.gpus_per_trial,
+            earlier_wall_s=record.get("wall_s", 0.0),
         )
-        return cls(config, folder, model, recipe, reward, prompt_sets, searcher, search)
-
-    @cached_property
-    def key(self) -> str:
-        """Names the search: a digest of all that decides its course but where it ends."""
-        parts = {
-            "recipe": asdict(self.recipe),
-            "searcher": self.config.searcher.model_dump(mode="json", exclude={"max_evaluations"}),
-            "seed": self.config.seed,
-            "prompts": {name: prompts.digest for name, prompts in self.prompt_sets.items()},
-            "rerank_top": self.config.rerank.top,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return cls(config, folder, key, model, recipe, reward, prompt_sets, searcher, search)
 
 
 def reward_options(config: Config) -> dict[str, str]:
@@ -138,30 +159,55 @@ def choose_prompts(config: Config) -> dict[str, PromptSet]:
     return split_prompts(texts, sizes, prompts.seed, source, repeat)
 
 
-def _searcher(config: Config) -> Searcher:
-    settings = config.searcher
-    space = {str(group): settings.bounds.space[group] for group in GROUPS}
+def _key(config: Config, recipe: Recipe, prompt_sets: dict[str, PromptSet]) -> str:
+    # How far ahead of its steps annealing evaluates changes none of them.
+    parts: dict[str, Any] = {
+        "recipe": asdict(recipe),
+        "searcher": config.searcher.model_dump(mode="json", exclude={"speculation"}),
+        "space": config.space.bounds,
+        "racing": config.racing.model_dump(mode="json") if config.racing.name == "on" else None,
+        "seed": config.seed,
+        "prompts": {name: prompts.digest for name, prompts in prompt_sets.items()},
+        "rerank": config.rerank.model_dump(mode="json"),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _folder_name(config: Config) -> str:
+    """Name a search by its searcher and seed, and what else makes it a search of its own."""
+    parts: list[str] = [config.searcher.name]
+    parts += ["uniform"] if config.space.name == "uniform" else []
+    parts += ["poa"] if config.space.poa_weight is not None else []
+    parts += ["racing"] if config.racing.name == "on" else []
+    parts += ["warm"] if config.searcher.warm_start else []
+    return "-".join([*parts, f"seed{config.seed}"])
+
+
+def _record_of(folder: Path, key: str) -> dict[str, Any]:
+    """Return what earlier sessions of this search recorded, as far as it can be read."""
+    try:
+        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        return dict(record) if record["key"] == key else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _searcher(config: Config, space: Space, race: Race | None) -> Searcher:
+    settings, num_steps = config.searcher, config.budget.steps
     if not isinstance(settings, AnnealingSettings):
-        return random_search(space, config.seed)
+        return baseline(settings.name, space.bounds, config.seed, num_evaluations=num_steps)
     seeds = list(settings.seeds)
     of_paper = config.model.paper_ratios.get(str(config.res))
     if settings.start_from_paper and of_paper is not None and of_paper not in seeds:
         seeds.append(of_paper)
-    seeds = seeds[: settings.max_evaluations]
-    own = {"name", "bounds", "max_evaluations", "seeds", "start_from_paper"}
+    own = {"name", "warm_start", "speculation", "chains", "seeds", "start_from_paper"}
     return AnnealingSearch(
-        space,
+        space.bounds,
         seed=config.seed,
-        max_evaluations=settings.max_evaluations,
-        seeds=[dict(zip(GROUPS, seed, strict=True)) for seed in seeds],
+        max_steps=num_steps,
+        seeds=[space.start(seed) for seed in seeds[:num_steps]],
+        speculation=settings.speculation,
+        chains=settings.chains,
+        race=race,
         **settings.model_dump(exclude=own),
     )
-
-
-def _recorded_batch_size(folder: Path) -> int | None:
-    """Return the batch size that this run had before, if it is recorded."""
-    try:
-        recorded = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["batch_size"]
-        return None if recorded is None else max(1, int(recorded))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -25,7 +25,7 @@ class Progress:
 
     def begin(self, search: EvaluationSearch) -> None:
         """Show what the ledger knew, and start the live line if there is a terminal."""
-        self._num_replayed = len(search.evaluations)
+        self._num_replayed = search.progress[0]
         if self.console.is_terminal:
             self._live = RichProgress(
                 TextColumn("evaluations"),
@@ -36,7 +36,7 @@ class Progress:
                 console=self.console,
             )
             self._task = self._live.add_task(
-                "", completed=self._num_replayed, total=search.num_expected
+                "", completed=self._num_replayed, total=search.progress[1]
             )
             self._live.start()
         self._show(search, force=True)
@@ -55,7 +55,7 @@ class Progress:
             self._live = None
 
     def _show(self, search: EvaluationSearch, force: bool) -> None:
-        done, total = len(search.evaluations), search.num_expected
+        done, total = search.progress
         if self._live is not None:
             text = _standing(search, "best {0.mean:.3f}")  # It must fit 80 columns.
             self._live.update(self._task, completed=done, total=total, description=text)
@@ -78,8 +78,7 @@ class Progress:
 
 
 def _best(search: EvaluationSearch) -> Evaluation | None:
-    scored = [e for e in search.evaluations if e.kind == "search" and e.failure is None]
-    return max(scored, key=lambda e: e.mean, default=None)
+    return next(iter(search.candidates), None)
 
 
 def _standing(search: EvaluationSearch, best_as: str) -> str:

@@ -60,8 +60,8 @@ def _summary(outcome: Outcome) -> list[str]:
             "prompts"
         )
     drawn = (
-        f"{outcome.num_rendered} pictures drawn in this run"
-        if outcome.num_rendered
+        f"{outcome.num_drawn} pictures drawn in this run"
+        if outcome.num_drawn
         else "nothing was drawn: the ledger had every reward"
     )
     lines = [
@@ -72,6 +72,14 @@ def _summary(outcome: Outcome) -> list[str]:
         f"pictures        {drawn}",
         f"ratios file     {outcome.ratios_file}",
     ]
+    if outcome.ended_by is not None:
+        lines.insert(1, f"ended by        {outcome.ended_by}: run again with more to go on")
+    if outcome.off_path is not None:
+        off = outcome.off_path
+        lines.append(
+            f"passed by       {off.ratios} got {off.mean:.4f} on the search prompts, but the "
+            "search did not come by it: rerank.off_path=true lets such win"
+        )
     tracker = outcome.tracker
     if tracker is not None and tracker.error is not None:
         lines.append(f"MLflow          not reached ({tracker.error}): run again to fill it in")

@@ -1,33 +1,50 @@
-"""Searchers: adapters from the annealing chain and Optuna's samplers to ray.tune's Searcher."""
+"""AnnealingSearch: the annealing chain, and its speculation, as a ray.tune searcher."""
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ray.tune.search import Searcher
-from ray.tune.search.optuna import OptunaSearch
 
-from search.annealing import Annealing, Chain, ChainState
+from search.annealing import DECIMALS, Annealing, Chain, ChainState, Point
+from search.racing import Race, estimate
+from search.speculation import Commit, Outcome, Speculation
 
-Space = Mapping[str, tuple[float, float]]
+Bounds = Mapping[str, tuple[float, float]]
+
+# Below this a proposal is not worth a worker that would else be idle.
+_LEAST_LIKELIHOOD = 0.01
 
 
 class AnnealingSearch(Searcher):  # type: ignore[misc]
-    """The annealing chain of CR-Diff as a ray.tune searcher; one suggestion at a time.
+    """The annealing chain of CR-Diff as a ray.tune searcher, for any number of workers.
 
         AnnealingSearch(space={"down": (0.1, 0.8), "mid": (0.1, 0.8), "up": (0.1, 0.8)},
-                        metric="reward", mode="max", seed=0, max_evaluations=60)
+                        metric="reward", mode="max", seed=0, max_steps=60)
 
-    space:           (low, high) of each parameter; it stays within them.
-    metric, mode:    what trials report, and whether "max" or "min" is better.
-    seed:            of every random number; equal seeds and results give equal suggestions.
-    max_evaluations: suggestions in all, seeds included; then it is finished.
-    seeds:           starting points, best first or not; by default the middle of the space.
-    parameters:      of `search.annealing.Annealing`, such as cooling=0.9.
+    Workers that are free evaluate what the chain will likely propose next; its steps are taken in
+    their order, as the outcomes come, so `commits` and the best are the same for any number of
+    workers and any order of completion.
+
+    space:        (low, high) of each parameter; it stays within them.
+    metric, mode: what trials report, and whether "max" or "min" is better.
+    seed:         of every random number; equal seeds and results give equal commits.
+    max_steps:    steps in all, starting points included, over all chains; then it is finished.
+    seeds:        starting points, in any order; by default the middle of the space.
+    speculation:  evaluations under way at most, dead ones not counted; "auto": as many as are
+                  asked for and at least a hundredth likely to be needed; "off": one for
+                  each chain.
+    chains:       independent chains that share max_steps, dealt the starting points in turn.
+    race:         how evaluations are stopped early that report their `rewards` by prompt.
+    parameters:   of `search.annealing.Annealing`, such as cooling=0.9.
     A failed trial, or a result that is not finite, is a rejection. Results for unknown or
     finished trials are ignored.
     Source: CR-Diff (arXiv:2604.05524), supplement, Algorithm 1.
@@ -35,12 +52,15 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
 
     def __init__(
         self,
-        space: Space,
+        space: Bounds,
         metric: str = "reward",
         mode: str = "max",
         seed: int = 0,
-        max_evaluations: int = 120,
+        max_steps: int = 120,
         seeds: Sequence[Mapping[str, float]] | None = None,
+        speculation: int | str = "auto",
+        chains: int = 1,
+        race: Race | None = None,
         **parameters: Any,
     ) -> None:
         super().__init__(metric=metric, mode=mode)
@@ -49,74 +69,279 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
         for name, (low, high) in space.items():
             if not low < high:
                 raise ValueError(f"space of {name} is ({low}, {high}): give low < high")
-        self._names = tuple(space)
-        middle = {name: (low + high) / 2 for name, (low, high) in space.items()}
-        starts = tuple(
-            tuple(float(start[name]) for name in self._names) for start in seeds or [middle]
-        )
-        if max_evaluations < len(starts):
+        if speculation not in ("auto", "off") and not (
+            isinstance(speculation, int) and speculation >= 1
+        ):
             raise ValueError(
-                f"max_evaluations {max_evaluations} is less than the {len(starts)} seeds: raise it"
+                f"speculation is {speculation!r}: give auto, off or a count from 1 up"
             )
+        self.commits: list[Commit] = []
+        """Every step taken; those of one chain in their order."""
+        self.race = race
+        self.names = tuple(space)
+        self._bounds = tuple((float(low), float(high)) for low, high in space.values())
+        middle = {name: (low + high) / 2 for name, (low, high) in space.items()}
+        self._given = [self._point(start) for start in seeds or [middle]]
+        if max_steps < len(self._given):
+            raise ValueError(
+                f"max_steps {max_steps} is less than the {len(self._given)} seeds: raise it"
+            )
+        if not 1 <= chains <= max_steps:
+            raise ValueError(f"chains is {chains}: give 1 to max_steps, {max_steps}")
         self._sign = 1.0 if mode == "max" else -1.0
-        self._chain = Chain(
-            Annealing(
-                bounds=tuple((float(low), float(high)) for low, high in space.values()),
-                seeds=starts,
-                num_steps=max_evaluations - len(starts),
-                **parameters,
-            ),
-            seed,
-        )
-        self.state = self._chain.start()
-        self._pending: str | None = None
+        self._seed = seed
+        self._max_steps = max_steps
+        self._num_chains = chains
+        self._speculation = speculation
+        self._parameters = parameters
+        # What is known of points: how they came out, and rewards by prompt as far as they go.
+        self._outcomes: dict[Point, Outcome] = {}
+        self._rewards: dict[Point, tuple[float, ...]] = {}
+        self._pending: dict[str, Point] = {}
+        self._max_concurrent: float = math.inf
+        self._has_suggested = False
+        self._begin()
+
+    # --- what Ray asks -----------------------------------------------------------------------
 
     def suggest(self, trial_id: str) -> dict[str, float] | str | None:
-        """Return the chain's next proposal; None while one is out, FINISHED after the last."""
-        if self.state.finished:
+        """Return the likeliest proposal that nobody evaluates yet.
+
+        None: none is worth it until an outcome is known. FINISHED: every step is taken.
+        """
+        if self.finished:
             return str(Searcher.FINISHED)
-        if self._pending is not None:
+        if len(self._pending) >= self._max_concurrent or self._peek() is None:
             return None
-        self._pending = trial_id
-        return dict(zip(self._names, self._chain.propose(self.state), strict=True))
+        likelihood, point = self._next.popleft()
+        self._has_suggested = True
+        self._pending[trial_id] = point
+        self._likelihoods[point] = likelihood
+        return dict(zip(self.names, point, strict=True))
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Take the rewards of the first prompts of an evaluation under way, under `rewards`."""
+        if trial_id in self._pending and self.race is not None and "rewards" in result:
+            self._take_rewards(self._pending[trial_id], result)
+            self._commit()
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Commit the outcome of the pending suggestion."""
-        if trial_id != self._pending:
+        """Take an outcome, and every step that it makes possible."""
+        point = self._pending.pop(trial_id, None)
+        if point is None:
             return
-        self._pending = None
         value = None if error or not result else result.get(self.metric)
-        reward = None if value is None else self._sign * float(value)
-        self.state = self._chain.advance(self.state, self._chain.propose(self.state), reward)
+        if value is not None and result is not None and "rewards" in result:
+            self._take_rewards(point, result)
+        self._outcomes[point] = Outcome(self._finite(value))
+        self._commit()
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
-        """Return True: the searcher limits itself, so Ray wraps no limiter around it."""
+        """Keep to so many under way; return True, so that Ray wraps no limiter around it."""
+        self._max_concurrent = max_concurrent
         return True
 
+    def add_evaluated_point(
+        self,
+        parameters: Mapping[str, float],
+        value: float | None,
+        error: bool = False,
+        pruned: bool = False,
+        intermediate_values: Sequence[float] | None = None,
+    ) -> None:
+        """Take a result of another search; the best one becomes a further starting point.
+
+        What failed, was pruned or is not finite is never taken for a reward, and a point outside
+        the space is ignored. Once this search has begun, a point is known and starts nothing.
+        Raises ValueError if a parameter of the space is missing.
+        """
+        point = self._point(parameters)
+        inside = all(low <= x <= high for x, (low, high) in zip(point, self._bounds, strict=True))
+        if pruned or not inside:
+            return
+        reward = None if error else self._finite(value)
+        self._outcomes[point] = Outcome(reward)
+        if self._has_suggested:
+            self._commit()
+        else:
+            self._begin()
+
     def save(self, checkpoint_path: str) -> None:
-        """Write the chain's state as JSON; a pending suggestion is made again after restore."""
-        Path(checkpoint_path).write_text(json.dumps(asdict(self.state)), encoding="utf-8")
+        """Write every known outcome as JSON; what is pending is suggested again after restore."""
+        raw = {
+            "seeds": self._seeds,
+            "outcomes": [[point, outcome.reward] for point, outcome in self._outcomes.items()],
+            "rewards": list(self._rewards.items()),
+        }
+        Path(checkpoint_path).write_text(json.dumps(raw), encoding="utf-8")
 
     def restore(self, checkpoint_path: str) -> None:
-        """Read what `save` wrote, into a searcher of the same parameters."""
+        """Read what `save` wrote, into a searcher of the same arguments, and replay it."""
         raw = json.loads(Path(checkpoint_path).read_text(encoding="utf-8"))
-        for name in ("current", "best"):
-            raw[name] = None if raw[name] is None else tuple(raw[name])
-        self.state = ChainState(**raw)
-        self._pending = None
+        self._outcomes = {tuple(point): Outcome(reward) for point, reward in raw["outcomes"]}
+        self._rewards = {tuple(point): tuple(rewards) for point, rewards in raw["rewards"]}
+        self._pending = {}
+        self._has_suggested = True
+        self._begin([tuple(point) for point in raw["seeds"]])
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The trees are grown again.
+        grown = ("_chains", "_walk", "_next", "_following", "_likelihoods")
+        return {name: value for name, value in self.__dict__.items() if name not in grown}
 
-def random_search(space: Space, seed: int, metric: str = "reward") -> Searcher:
-    """Return Optuna's random sampler as a searcher that maximises; it never finishes by itself."""
-    import optuna
-    from optuna.distributions import FloatDistribution
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin(self._seeds)
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return OptunaSearch(
-        {name: FloatDistribution(low, high) for name, (low, high) in space.items()},
-        metric=metric,
-        mode="max",
-        sampler=optuna.samplers.RandomSampler(seed=seed),
-    )
+    # --- what an EvaluationSearch asks ---------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step is taken."""
+        return all(chain.state.finished for chain in self._chains)
+
+    @property
+    def best(self) -> Commit | None:
+        """The step with the best reward so far; of equal ones the first."""
+        scored = [each for each in self.commits if each.outcome.reward is not None]
+        return max(scored, key=lambda each: each.outcome.reward or 0.0, default=None)
+
+    def likelihood(self, trial_id: str) -> float:
+        """Return how likely a pending suggestion is to be needed; 0: it is dead."""
+        self._refresh()
+        return self._likelihoods.get(self._pending[trial_id], 0.0)
+
+    @property
+    def next_likelihood(self) -> float:
+        """How likely what `suggest` would return is to be needed; 0 if that is None."""
+        following = self._peek()
+        return 0.0 if following is None else following[0]
+
+    def drop(self, trial_id: str) -> None:
+        """Forget a pending suggestion that nobody will evaluate further."""
+        del self._pending[trial_id]
+        self._is_stale = True
+
+    # --- the chains --------------------------------------------------------------------------
+
+    def _begin(self, seeds: Sequence[Point] | None = None) -> None:
+        """Set the chains to their start, and take them along what is known."""
+        known = {p: each.reward for p, each in self._outcomes.items() if each.reward is not None}
+        self._seeds = list(self._given if seeds is None else seeds)
+        if seeds is None and known:
+            best = max(known, key=lambda point: (known[point], point))
+            self._seeds += [best] if best not in self._seeds else []
+        self.commits.clear()
+        self._chains = [self._chain(number) for number in range(self._num_chains)]
+        self._commit()
+
+    def _chain(self, number: int) -> Speculation:
+        # Steps and starting points are dealt to the chains like cards.
+        num_steps = len(range(number, self._max_steps, self._num_chains))
+        seeds = tuple(self._seeds[number :: self._num_chains])
+        if not seeds:
+            anywhere = np.random.Generator(np.random.Philox(key=[self._seed, number]))
+            seeds = (tuple(float(anywhere.uniform(*bounds)) for bounds in self._bounds),)
+        annealing = Annealing(
+            bounds=self._bounds,
+            seeds=seeds,
+            num_steps=max(0, num_steps - len(seeds)),
+            **self._parameters,
+        )
+        return Speculation(Chain(annealing, self._seed, number), self._outcome, number)
+
+    def _outcome(self, chain: Chain, state: ChainState, point: Point) -> Outcome | None:
+        """Return what is known of a proposal; the race counts even if all prompts are known.
+
+        So a step's outcome does not depend on how many prompts were drawn at once.
+        """
+        rewards, incumbent = self._rewards.get(point), self._incumbent(state)
+        if self.race is not None and rewards and incumbent and not chain.is_seed(state):
+            num_drawn = self.race.lost_at(rewards, incumbent, chain.min_gain(state))
+            if num_drawn is not None:
+                return Outcome(estimate(rewards[:num_drawn], incumbent), stopped=True)
+        return self._outcomes.get(point)
+
+    def _incumbent(self, state: ChainState) -> tuple[float, ...] | None:
+        if state.current is None or state.current not in self._outcomes:
+            return None
+        return self._rewards.get(state.current)
+
+    def _commit(self) -> None:
+        for chain in self._chains:
+            self.commits.extend(chain.commit())
+        self._is_stale = True
+
+    # --- speculation -------------------------------------------------------------------------
+
+    def _refresh(self) -> None:
+        """Walk the chains' trees again, as far as the pending evaluations reach in them."""
+        if not self._is_stale:
+            return
+        self._is_stale = False
+        self._next: deque[tuple[float, Point]] = deque()
+        self._following: set[Point] = set()
+        self._likelihoods: dict[Point, float] = {}
+        walks = (chain.walk() for chain in self._chains)
+        self._walk = heapq.merge(*walks, key=lambda found: -found[0])
+        pending = set(self._pending.values())
+        # What is not found by then is far less likely than much that nobody evaluates.
+        for found in itertools.islice(self._walk, 2 * len(pending) + 8):
+            self._sort_in(found, pending)
+            if len(self._likelihoods) == len(pending):
+                break
+
+    def _sort_in(self, found: tuple[float, Point], pending: Iterable[Point]) -> None:
+        likelihood, point = found
+        if point in self._likelihoods:  # Found before, on a likelier way.
+            return
+        if point in pending:
+            self._likelihoods[point] = likelihood
+        elif point not in self._following:
+            self._following.add(point)
+            self._next.append(found)
+
+    def _peek(self) -> tuple[float, Point] | None:
+        """Return the likeliest proposal that is not pending, if it is worth a worker."""
+        self._refresh()
+        least, most = 0.0, math.inf
+        if self._speculation == "auto":
+            least = _LEAST_LIKELIHOOD
+        elif self._speculation == "off":
+            least, most = 1.0, sum(not chain.state.finished for chain in self._chains)
+        else:
+            most = int(self._speculation)
+        if len(self._likelihoods) >= most:
+            return None
+        pending = set(self._pending.values())
+        while not self._next:
+            found = next(self._walk, None)
+            if found is None:
+                return None
+            self._sort_in(found, pending)
+            if found[0] < least:
+                break
+        if not self._next or self._next[0][0] < least:
+            return None
+        return self._next[0]
+
+    # --- values ------------------------------------------------------------------------------
+
+    def _take_rewards(self, point: Point, result: Mapping[str, Any]) -> None:
+        self._rewards[point] = tuple(self._sign * float(each) for each in result["rewards"])
+
+    def _finite(self, value: float | None) -> float | None:
+        if value is None or not math.isfinite(value):
+            return None
+        return self._sign * float(value)
+
+    def _point(self, parameters: Mapping[str, float]) -> Point:
+        missing = [name for name in self.names if name not in parameters]
+        if missing:
+            raise ValueError(
+                f"the point {dict(parameters)} has no {', '.join(missing)}: name every parameter "
+                "of the space"
+            )
+        return tuple(round(float(parameters[name]), DECIMALS) for name in self.names)

@@ -59,9 +59,13 @@ class Tracker:
         self._jobs.put(lambda: self._open(params, tags))
         self._thread.start()
 
-    def evaluation(self, evaluation: Evaluation, metrics: Mapping[str, float]) -> None:
-        """Add an evaluation's child run, and a point to each of the parent's charts."""
-        self._jobs.put(lambda: self._add(evaluation, metrics))
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Add an evaluation's child run."""
+        self._jobs.put(lambda: self._add(evaluation))
+
+    def chart(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add a point to each of the parent's charts."""
+        self._jobs.put(lambda: self._chart(step, metrics))
 
     def finish(
         self, status: Status, metrics: Mapping[str, float], tags: Mapping[str, str], *files: Path
@@ -139,16 +143,21 @@ class Tracker:
             if not token:
                 return known
 
-    def _add(self, evaluation: Evaluation, metrics: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric, Param
+    def _chart(self, step: int, metrics: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        name = f"{evaluation.kind}:{evaluation.key}:{evaluation.prompts.digest}"
-        step = evaluation.index
         self._client.log_batch(
             self.run_id,
             metrics=[Metric(k, v, now, step) for k, v in metrics.items() if math.isfinite(v)],
         )
+
+    def _add(self, evaluation: Evaluation) -> None:
+        from mlflow.entities import Metric, Param
+
+        now = int(time.time() * 1000)
+        name = f"{evaluation.kind}:{evaluation.key}:{evaluation.prompts.digest}"
+        name += f":{len(evaluation.rewards)} drawn" if evaluation.is_stopped else ""
         if name in self._known:
             return
         self._known.add(name)
@@ -165,6 +174,7 @@ class Tracker:
                 "mlflow.parentRunId": self.run_id,
                 EVALUATION_TAG: name,
                 "kind": evaluation.kind,
+                **({"stopped": "true"} if evaluation.is_stopped else {}),
                 **({"failure": evaluation.failure} if evaluation.failure else {}),
             },
         )
@@ -176,7 +186,10 @@ class Tracker:
                 if v is not None and math.isfinite(v)
             ],
             params=[Param(f"ratio_{group}", str(evaluation.ratios[group])) for group in GROUPS]
-            + [Param("num_prompts", str(len(evaluation.prompts)))],
+            + [
+                Param("poa_weight", str(evaluation.candidate.poa_weight)),
+                Param("num_prompts", str(len(evaluation.rewards) or len(evaluation.prompts))),
+            ],
         )
         status = "FAILED" if evaluation.failure else "FINISHED"
         self._client.set_terminated(child.info.run_id, status)

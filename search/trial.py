@@ -44,7 +44,7 @@ class TrialSetup:
 class RatioTrial(tune.Trainable):  # type: ignore[misc]
     """A trial is (ratios, prompt batch); its result is the rewards of the batch.
 
-    Ray reuses the actor for every trial, so the model is loaded once and a trial changes three
+    Ray reuses the actor for every trial, so the model is loaded once and a trial changes four
     numbers. What goes wrong is reported as `failure`, never as a reward; `transient` says
     whether another try could help.
     """
@@ -97,6 +97,7 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
         numbered = self._prompts[self.config["prompts"]]
         prompts = [numbered[number] for number in self.config["batch"]]
         try:
+            self._replica.poa_weight = self.config["poa_weight"]
             measured = evaluate(self._replica, ratios, prompts, self._reward)
         except CRDiffError as error:
             return {"failure": str(error), "transient": False, "done": True}

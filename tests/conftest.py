@@ -1,3 +1,4 @@
+import contextlib
 import os
 import shutil
 import tempfile
@@ -23,9 +24,8 @@ def ray_tmpdir():
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture
-def local_ray(ray_tmpdir):
-    """A Ray cluster of this test's own."""
+@contextlib.contextmanager
+def ray_cluster(folder):
     import ray
 
     ray.init(
@@ -34,10 +34,24 @@ def local_ray(ray_tmpdir):
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",
-        _temp_dir=ray_tmpdir,
+        _temp_dir=folder,
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def local_ray(ray_tmpdir):
+    """A Ray cluster of this test's own."""
+    with ray_cluster(ray_tmpdir):
+        yield
+
+
+@pytest.fixture(scope="module")
+def module_ray(ray_tmpdir):
+    """A Ray cluster of this module's own, for tests that leave nothing behind in it."""
+    with ray_cluster(ray_tmpdir):
+        yield
 
 
 @pytest.fixture(scope="session")

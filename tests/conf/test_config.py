@@ -80,16 +80,17 @@ def test_the_papers_experiment_is_the_reference_implementations_search():
     assert config.model.name == "sd15"
     assert (config.reward.name, config.prompts.name) == ("image_reward", "reference")
     assert (config.poa_weight, config.prompts.search, config.prompts.seed) == (1.0, 2, 24432)
-    assert (config.searcher.max_evaluations, config.searcher.start_from_paper) == (120, False)
-    assert config.searcher.bounds.space == dict.fromkeys(("down", "mid", "up"), (0.1, 0.8))
+    assert (config.budget.steps, config.searcher.start_from_paper) == (120, False)
+    assert config.space.bounds == dict.fromkeys(("down", "mid", "up"), (0.1, 0.8))
     assert config.model.dtype == "float16"
 
 
 def test_the_defaults_of_annealing_are_the_reference_implementations():
-    searcher = composed("searcher.max_evaluations=120").searcher
+    config = composed("searcher=annealing_paper", "budget.steps=120")
+    searcher = config.searcher
 
     assert searcher.seeds == ((0.3, 0.3, 0.3),)
-    assert (searcher.initial_temperature, searcher.cooling, searcher.max_evaluations) == (
+    assert (searcher.initial_temperature, searcher.cooling, config.budget.steps) == (
         0.1,
         0.95,
         120,
@@ -134,9 +135,9 @@ def test_settings_survive_json():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("searcher.bounds.up=[0.1,1.0]", "searcher.bounds.up.1: input should be less than 1"),
-        ("searcher.bounds.up=[-0.1,0.5]", "searcher.bounds.up.0: input should be greater than"),
-        ("searcher.bounds.up=[0.5,0.2]", "searcher.bounds: up is [0.5, 0.2]: give low < high"),
+        ("space.up=[0.1,1.0]", "space.up.1: input should be less than 1"),
+        ("space.up=[-0.1,0.5]", "space.up.0: input should be greater than"),
+        ("space.up=[0.5,0.2]", "space: up is [0.5, 0.2]: give low < high"),
         ("searcher.cooling=2", "searcher.cooling: input should be less than or equal to 1"),
         ("searcher.seeds=[]", "searcher.seeds: tuple should have at least 1 item"),
         ("poa_weight=nan", "poa_weight: input should be a finite number"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 SMALL = (
-    "searcher.max_evaluations=4",
+    "budget.steps=4",
     "prompts.search=8",
     "prompts.rerank=4",
     "prompts.validation=8",

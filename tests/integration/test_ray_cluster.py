@@ -19,7 +19,7 @@ from tests.pipelines import save_sd
 
 RAY = Path(sys.executable).with_name("ray")
 TINY = (
-    *("res=24x24", "searcher.max_evaluations=3", "tracking=none", "render.num_steps=2"),
+    *("res=24x24", "budget.steps=3", "tracking=none", "render.num_steps=2"),
     "render.batch_size=2",
     *("prompts.search=2", "prompts.rerank=2", "prompts.validation=2", "rerank.top=1"),
 )

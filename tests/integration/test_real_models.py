@@ -124,7 +124,7 @@ def test_sdxl_is_searched_by_imagereward_of_full_size(tmp_path, environment, sdx
         f"reward.path='{tmp_path / 'ImageReward.pt'}'",
         f"reward.tokenizer='{tmp_path}'",
         "render.num_steps=2",
-        "searcher.max_evaluations=2",
+        "budget.steps=2",
         "prompts.search=2",
     )
     assert done.returncode == 0, done.stdout + done.stderr

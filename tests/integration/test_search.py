@@ -209,7 +209,7 @@ def test_another_searcher_of_the_cell_shares_the_ledger(finished):
 def test_other_settings_keep_the_earlier_results(tmp_path, environment):
     small = (
         "tracking=none",
-        "searcher.max_evaluations=1",
+        "budget.steps=1",
         "prompts.search=2",
         "prompts.rerank=2",
         "prompts.validation=2",

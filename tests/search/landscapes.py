@@ -10,9 +10,13 @@ from ray.tune.search import Searcher
 from crdiff_core.evaluation import Measurement
 from crdiff_core.prompts import split_prompts
 from crdiff_core.ratios import GROUPS, BlockRatios
-from search.evaluations import Budget, EvaluationSearch
+from search.baselines import baseline
+from search.batching import Batching
+from search.budget import Budget
+from search.evaluations import EvaluationSearch
 from search.ledger import Ledger, Recipe
-from search.searchers import AnnealingSearch, random_search
+from search.searchers import AnnealingSearch
+from search.space import Space
 
 SPACE = {group: (0.1, 0.8) for group in GROUPS}
 SEEDS = [dict.fromkeys(GROUPS, 0.3)]
@@ -49,19 +53,33 @@ def measure(ratios, prompts):
     return Measurement(rewards, ratios.as_dict(), seconds, len(prompts))
 
 
-def make_search(folder, searcher="annealing", max_evaluations=20, retry_failed=False, **budget):
-    inner = (
-        AnnealingSearch(SPACE, seed=3, max_evaluations=max_evaluations, seeds=SEEDS)
-        if searcher == "annealing"
-        else random_search(SPACE, 3)
-    )
+def make_search(
+    folder,
+    searcher="annealing",
+    steps=20,
+    retry_failed=False,
+    race=None,
+    budget=None,
+    annealing=None,
+    batching=None,
+    **arguments,
+):
+    """A search over `reward_of`; annealing: arguments of AnnealingSearch."""
+    if searcher == "annealing":
+        given = {"seed": 3, "seeds": SEEDS, "race": race} | (annealing or {})
+        inner = AnnealingSearch(SPACE, max_steps=steps, **given)
+    else:
+        inner = baseline(searcher, SPACE, 3, num_evaluations=steps)
     return EvaluationSearch(
         inner,
+        space=Space(SPACE, RECIPE.poa_weight),
         prompt_sets=PROMPTS,
         recipe=RECIPE,
-        ledger=Ledger(folder, retry_failed=retry_failed),
-        batch_size=3,
-        budget=Budget(max_evaluations, **budget),
+        ledger=Ledger(folder, run="this", retry_failed=retry_failed),
+        batching=batching or Batching(3),
+        race=race,
+        budget=Budget(steps, **(budget or {})),
+        **arguments,
     )
 
 
@@ -94,4 +112,8 @@ def work(search, num_workers=1, outcome=None, max_trials=10_000, seed=0):
 
 def course(search):
     """What a search did, without what may differ between runs that must agree."""
-    return [(e.kind, e.key, e.rewards, e.failure) for e in search.evaluations]
+    steps = [(s.evaluation.key, s.reward, s.lost_race, s.event) for s in search.steps]
+    others = [
+        (e.kind, e.key, e.rewards, e.failure) for e in search.evaluations if e.kind != "search"
+    ]
+    return steps + sorted(others)

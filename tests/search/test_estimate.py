@@ -15,7 +15,7 @@ from search.plan import Plan
 from tests.conf.test_config import composed
 
 SMALL = (
-    "searcher.max_evaluations=3",
+    "budget.steps=3",
     "prompts.search=4",
     "prompts.rerank=4",
     "prompts.validation=6",

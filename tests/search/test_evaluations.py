@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crdiff_core.ratios import BlockRatios
-from search.evaluations import compare
+from search.comparison import compare
 from search.ledger import Ledger
 from tests.search.landscapes import PROMPTS, RECIPE, course, make_search, measure, reward_of, work
 
@@ -27,7 +27,7 @@ def test_an_evaluation_is_the_mean_over_all_its_prompts(tmp_path):
 
 
 def test_a_run_is_dense_then_search_then_rerank_then_validation(tmp_path):
-    search = make_search(tmp_path, max_evaluations=20, rerank_top=3)
+    search = make_search(tmp_path, steps=20, rerank_top=3)
     num_trials = work(search)
     kinds = [evaluation.kind for evaluation in search.evaluations]
 
@@ -165,7 +165,7 @@ def test_a_worker_with_too_little_memory_lowers_the_batch_size_for_the_rest(tmp_
 
     assert sizes[0] == 3
     assert set(sizes[1:]) == {2, 1}
-    assert search.batch_size == 2
+    assert search.batching.limit == 2
     assert course(search) == course(whole)
 
 
@@ -173,14 +173,14 @@ def test_the_last_batch_of_a_set_lowers_nothing(tmp_path):
     search = make_search(tmp_path)
     work(search)
 
-    assert search.batch_size == 3
+    assert search.batching.limit == 3
 
 
 def test_the_batch_size_changes_no_reward(tmp_path):
     courses = []
     for size in (1, 4, 100):
         search = make_search(tmp_path / str(size))
-        search.batch_size = size
+        search.batching.fixed = search.batching.limit = size
         work(search)
         courses.append(course(search))
 
@@ -283,11 +283,11 @@ def test_a_prompt_that_always_fails_is_tried_as_often_as_asked_however_batches_a
         # The batches of the first evaluation become smaller while its first one is under way.
         return {"measured": replace(measure(ratios, prompts), batch_size=1)}
 
-    search = make_search(tmp_path, max_evaluations=1, max_failures=2)
-    search.batch_size = 4
+    search = make_search(tmp_path, steps=1, max_failures=2)
+    search.batching.fixed = search.batching.limit = 4
     work(search, num_workers=2, outcome=one_fails, seed=3)
 
-    assert search.batch_size == 1
+    assert search.batching.limit == 1
     assert list(tries.values()) == [3]
 
 

@@ -35,16 +35,19 @@ def search(monkeypatch, capsys):
         ("modle=shapes", "modle: there is no such setting"),
         ("searcher=random searcher.cooling=.9", "searcher.cooling: there is no such setting"),
         ("model=nope", "model=nope is unknown: choose one of sd15, sd21, sdxl, shapes"),
-        ("searcher=nope", "searcher=nope is unknown: choose one of annealing, random"),
+        (
+            "searcher=nope",
+            "searcher=nope is unknown: choose one of annealing, annealing_paper, cmaes",
+        ),
         (
             "res=25x40",
             "resolution 25x40 is not divisible by 8, as shapes needs: the nearest is res=24x40",
         ),
-        ("searcher.bounds.up=[0.1,1.0]", "searcher.bounds.up.1: input should be less than 1"),
+        ("space.up=[0.1,1.0]", "space.up.1: input should be less than 1"),
         ("prompts.path=EMPTY", "holds no prompt: write one prompt a line"),
         ("prompts.path=/no/such.txt", "No such file or directory: set prompts.path"),
         ("prompts.search=100000", "distinct prompts and 100000 search + 64 rerank"),
-        ("searcher.max_evaluations=0", "searcher.max_evaluations: input should be greater"),
+        ("budget.steps=0", "budget.steps: input should be greater"),
         ("model.path=/no/such", "/no/such does not exist: set model.path to a diffusers"),
         ("seed=${nope}", "Interpolation key 'nope' not found"),
         ("searcher.cooling=${oc.env:PATH}", "searcher.cooling: input should be a valid number"),
@@ -127,7 +130,10 @@ def test_help_names_models_resolutions_searchers_and_examples(search):
     code, out, _ = search("--help")
 
     assert code in {0, None}
-    models, searchers = "model: sd15, sd21, sdxl, shapes", "searcher: annealing, random"
+    models, searchers = (
+        "model: sd15, sd21, sdxl, shapes",
+        "searcher: annealing, annealing_paper, cmaes",
+    )
     for part in (models, searchers, "HEIGHTxWIDTH", "Examples:"):
         assert part in out
 

@@ -1,6 +1,9 @@
+import math
+
 import pytest
 from mlflow import MlflowClient
 
+from search.racing import Race
 from search.tracking import RUN_TAG, Experiment, Tracker
 from tests.search.landscapes import make_search, work
 
@@ -17,14 +20,18 @@ def track(experiment, search, status="FINISHED", files=()):
     tracker = Tracker(experiment, "key0", "analytic_24x40 annealing-seed0")
     tracker.start(PARAMS, {"model": "analytic"})
     for evaluation in search.evaluations:
-        tracker.evaluation(evaluation, {"reward": evaluation.mean, "temperature": 0.1})
+        tracker.evaluation(evaluation)
+    for number, step in enumerate(search.steps, 1):
+        tracker.chart(
+            number, {"reward": math.nan if step.reward is None else step.reward, "temp": 0.1}
+        )
     tracker.finish(status, {"validation_difference": 0.01}, {"verdict": "better"}, *files)
     return tracker
 
 
 @pytest.fixture
 def search(tmp_path):
-    search = make_search(tmp_path / "ledger", max_evaluations=4)
+    search = make_search(tmp_path / "ledger", steps=4)
     work(search)
     return search
 
@@ -54,7 +61,7 @@ def test_a_search_is_a_parent_run_with_a_child_for_each_evaluation(experiment, s
     assert len(children) == len(search.evaluations)
     history = client.get_metric_history(parent.info.run_id, "reward")
     assert [(point.step, point.value) for point in sorted(history, key=lambda p: p.step)] == [
-        (evaluation.index, evaluation.mean) for evaluation in search.evaluations
+        (number, step.reward) for number, step in enumerate(search.steps, 1)
     ]
 
 
@@ -87,7 +94,7 @@ def test_tracking_the_same_search_again_adds_nothing(experiment, search):
 
 
 def test_what_a_stopped_search_missed_is_filled_in(experiment, search, tmp_path):
-    part = make_search(tmp_path / "part", max_evaluations=4)
+    part = make_search(tmp_path / "part", steps=4)
     work(part, max_trials=7)
     track(experiment, part, status="KILLED")
     _, (stopped,), few = runs(experiment)
@@ -102,7 +109,7 @@ def test_what_a_stopped_search_missed_is_filled_in(experiment, search, tmp_path)
 def test_a_failed_evaluation_is_a_failed_child_with_its_reason(experiment, tmp_path):
     from tests.search.test_evaluations import failing
 
-    search = make_search(tmp_path / "ledger", max_evaluations=6)
+    search = make_search(tmp_path / "ledger", steps=6)
     work(search, outcome=failing(lambda ratios: ratios.down > 0.31))
     track(experiment, search)
     _, _, children = runs(experiment)
@@ -111,6 +118,18 @@ def test_a_failed_evaluation_is_a_failed_child_with_its_reason(experiment, tmp_p
     assert failed
     assert all(run.data.tags["failure"] == "NaN pictures" for run in failed)
     assert all("reward" not in run.data.metrics for run in failed)
+
+
+def test_a_stopped_evaluation_is_a_child_that_says_how_far_it_got(experiment, tmp_path):
+    search = make_search(tmp_path / "ledger", race=Race(alpha=0.3, stride=2))
+    work(search)
+    track(experiment, search)
+    _, _, children = runs(experiment)
+    stopped = [run for run in children if "stopped" in run.data.tags]
+
+    assert len(stopped) == sum(evaluation.is_stopped for evaluation in search.evaluations) > 0
+    assert all(0 < int(run.data.params["num_prompts"]) < 7 for run in stopped)
+    assert all("reward" not in run.data.metrics for run in stopped)
 
 
 def test_an_mlflow_that_cannot_be_reached_is_said_and_nothing_more(search):

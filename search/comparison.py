@@ -1,0 +1,41 @@
+"""Compare two evaluations on the same prompts."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A paired comparison of two evaluations on the same prompts.
+
+    difference: mean over prompts of (pruned - dense).
+    low, high:  its 95% confidence interval, by the t distribution.
+    """
+
+    difference: float
+    low: float
+    high: float
+    num_prompts: int
+
+    @property
+    def verdict(self) -> Literal["better", "no difference shown", "worse"]:
+        """What the interval says in words."""
+        if self.low > 0:
+            return "better"
+        return "worse" if self.high < 0 else "no difference shown"
+
+
+def compare(rewards: Sequence[float], baseline: Sequence[float]) -> Comparison:
+    """Compare two evaluations, prompt by prompt; at least two prompts."""
+    from scipy import stats
+
+    differences = [a - b for a, b in zip(rewards, baseline, strict=True)]
+    mean = statistics.fmean(differences)
+    if len(set(differences)) == 1:  # No spread: the interval is a point.
+        return Comparison(mean, mean, mean, len(differences))
+    interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    return Comparison(mean, float(interval.low), float(interval.high), len(differences))
