@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from statistics import median
 from typing import Literal
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from search.surrogate import Array, Surrogate
+
+# Of the linear algebra, whose matrices are too small to gain from them: where the cores are taken,
+# waiting for one another makes threads ten times slower.
+_THREADS = ThreadpoolController()
 
 Point = tuple[float, ...]
+Outcome = tuple[Point, float | None]
 Event = Literal["seed", "accept", "reject", "fail"]
 
 DECIMALS = 6
@@ -18,38 +28,69 @@ DECIMALS = 6
 
 @dataclass(frozen=True)
 class Annealing:
-    """Parameters of the chain; defaults are the reference implementation's (conf has the same).
+    """Parameters of the chain; with REFERENCE it is the reference implementation's.
 
     bounds:              (low, high) of each dimension.
     seeds:               starting points; the chain starts from the best of them.
     num_steps:           proposals after the seeds, N_iter.
-    initial_temperature: T_init, in units of the reward.
+    initial_temperature: T_init, in units of the reward; None: TEMPERATURE_SHARE of how far the
+                         best seed is above the median one.
     cooling:             alpha, the temperature's factor at each step, in (0, 1].
-    min_temperature:     below it the temperature is T_init again, which counts as a restart.
-    step_size:           largest move of one coordinate at T_init; shrinks with T / T_init.
-    min_step_size:       the move never shrinks below this.
+    min_temperature:     below it the temperature is T_init again, which counts as a restart; in
+                         units of the reward, or of T_init if that is None.
+    step_size:           scale of a move at T_init; shrinks with T / T_init. In widths of the box,
+                         and in units of the coordinate without candidates.
+    min_step_size:       the scale never shrinks below this.
+    candidates:          neighbours drawn for each proposal, of which the surrogate chooses one;
+                         1: no surrogate, one coordinate moves, uniformly within the step size.
+    exploration:         standard deviations above the surrogate's mean that a candidate counts.
+    lag:                 a proposal depends on no reward of the last `lag` steps, only on which of
+                         them were accepted: so it can be made, for either answer, that far ahead.
     patience:            steps without a new best before reheating or restarting; None: never.
-    reheat_above:        reheat only if the best reward exceeds this.
+    reheat_above:        reheat only if the best reward exceeds this; None: the seeds'.
     reheat_factor:       T grows by it at a reheat.
     max_reheats:         after these a lack of progress restarts.
     restart_step_factor: the step size grows by it at a restart from the best point.
-    max_restarts:        R_max; the chain ends when it would restart once more.
+    max_restarts:        R_max; the chain ends when it would restart once more; None: never.
+    known:               outcomes of other searches, for the surrogate.
     """
 
     bounds: tuple[tuple[float, float], ...]
     seeds: tuple[Point, ...]
     num_steps: int = 120
-    initial_temperature: float = 0.1
+    initial_temperature: float | None = None
     cooling: float = 0.95
-    min_temperature: float = 1e-4
-    step_size: float = 0.10
+    min_temperature: float = 1e-3
+    step_size: float = 0.2
     min_step_size: float = 0.005
-    patience: int | None = 24
-    reheat_above: float = 0.8
+    candidates: int = 100
+    exploration: float = 2.0
+    lag: int = 4
+    patience: int | None = 16
+    reheat_above: float | None = None
     reheat_factor: float = 1.5
     max_reheats: int = 3
-    restart_step_factor: float = 3.0
-    max_restarts: int = 2
+    restart_step_factor: float = 1.0
+    max_restarts: int | None = None
+    known: tuple[Outcome, ...] = ()
+
+
+REFERENCE = {
+    "initial_temperature": 0.1,
+    "min_temperature": 1e-4,
+    "step_size": 0.10,
+    "candidates": 1,
+    "exploration": 0.0,
+    "lag": 0,
+    "patience": 24,
+    "reheat_above": 0.8,
+    "restart_step_factor": 3.0,
+    "max_restarts": 2,
+}
+"""Where CR-Diff's reference implementation differs from the defaults of Annealing."""
+
+TEMPERATURE_SHARE = 0.1
+"""T_init as a share of (best - median) of the seeds' rewards, where it is not given."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +98,9 @@ class ChainState:
     """Where the chain is after `step` outcomes, seeds included.
 
     current and best hold no point until an evaluation has succeeded; rewards are -inf then.
+    temperature is in units of the reward, or of T_init if that is left to the seeds.
+    history has all outcomes in their order. In a state that is only supposed, no reward is known
+    from step `num_known` on.
     """
 
     temperature: float
@@ -71,6 +115,8 @@ class ChainState:
     num_restarts: int = 0
     event: Event | None = None
     finished: bool = False
+    history: tuple[Outcome, ...] = ()
+    num_known: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,17 +144,21 @@ class Chain:
     """Simulated annealing with reheating and restarts, maximising a reward.
 
     Source: CR-Diff (arXiv:2604.05524), supplement, Algorithm 1, whose energy E is minus the
-    reward; neighbour, patience, reheat and restart step as in its reference implementation.
+    reward; patience, reheat and restart step as in its reference implementation. The neighbour is
+    the reference's, or the one that a surrogate prefers of many with Cauchy steps: Szu and
+    Hartley, Fast simulated annealing (1987); Regis and Shoemaker, DYCORS (2013).
     """
 
     def __init__(self, annealing: Annealing, seed: int = 0, chain: int = 0) -> None:
         self.annealing = annealing
         self._seed = seed
         self._chain = chain
+        given = annealing.initial_temperature
+        self._initial_temperature = 1.0 if given is None else given
 
     def start(self) -> ChainState:
         """Return the state before any outcome."""
-        return ChainState(temperature=self.annealing.initial_temperature)
+        return ChainState(temperature=self._initial_temperature)
 
     def propose(self, state: ChainState) -> Point:
         """Return the point to evaluate next: a seed, else a neighbour of the current point."""
@@ -119,14 +169,42 @@ class Chain:
             centre = self._clip(tuple((low + high) / 2 for low, high in parameters.bounds))
             state = replace(state, current=centre)
         assert state.current is not None
-        size = max(
+        size = state.step_factor * max(
             parameters.min_step_size,
-            parameters.step_size * state.temperature / parameters.initial_temperature,
+            parameters.step_size * state.temperature / self._initial_temperature,
         )
+        if parameters.candidates > 1:
+            return self._clip(self._choose(state, size))
         drawn = self._draws(state)
         point = list(state.current)
-        point[drawn.coordinate] += size * state.step_factor * drawn.move
+        point[drawn.coordinate] += size * drawn.move
         return self._clip(tuple(point))
+
+    def can_propose(self, state: ChainState) -> bool:
+        """Return whether enough is known in a supposed state to say what it would propose."""
+        has_surrogate = self.annealing.candidates > 1
+        known = state.step if state.num_known is None else state.num_known
+        return not has_surrogate or known >= state.step - self.annealing.lag
+
+    def is_seed(self, state: ChainState) -> bool:
+        """Return whether the next proposal is a starting point."""
+        return state.step < len(self.annealing.seeds)
+
+    def min_gain(self, state: ChainState) -> float:
+        """Return the gain over the current reward above which a proposal is accepted.
+
+        It is T ln u, at most 0; known before the proposal is evaluated, since u is.
+        """
+        if self.is_seed(state):
+            return 0.0
+        temperature = state.temperature * self._unit(state)
+        drawn = self._draws(state).acceptance
+        return temperature * math.log(drawn) if drawn > 0 else -math.inf
+
+    def accepts(self, state: ChainState, reward: float) -> bool:
+        """Return whether the chain moves to a point of this reward."""
+        gain = reward - state.current_reward
+        return gain > 0 or gain > self.min_gain(state)
 
     def advance(self, state: ChainState, point: Point, reward: float | None) -> ChainState:
         """Return the state after `point` gave `reward`; None or not finite: it failed.
@@ -136,61 +214,87 @@ class Chain:
         if reward is not None and not math.isfinite(reward):
             reward = None
         accepted = reward is not None and self.accepts(state, reward)
-        return self.branch(state, point, reward, accepted)
+        event: Event = "accept" if accepted else "reject"
+        if reward is None or self.is_seed(state):
+            event = "fail" if reward is None else "seed"
+        return replace(self._after(state, point, reward, accepted), event=event)
 
-    def accepts(self, state: ChainState, reward: float) -> bool:
-        """Return whether the chain moves to a point of this reward."""
-        gain = reward - state.current_reward
-        return gain > 0 or gain > self.min_gain(state)
+    def suppose(self, state: ChainState, point: Point, accepted: bool) -> ChainState:
+        """Return the state after `point`, not evaluated yet, if it is accepted or rejected.
 
-    def min_gain(self, state: ChainState) -> float:
-        """Return the gain over the current reward above which a proposal is accepted.
-
-        It is T ln u, at most 0; known before the proposal is evaluated, since u is.
+        It proposes what the real one will, as far as `can_propose` says that it can. Whether an
+        accepted point is a new best is a guess: if the current one is the best.
         """
-        if self.is_seed(state):
-            return 0.0
-        drawn = self._draws(state).acceptance
-        return state.temperature * math.log(drawn) if drawn > 0 else -math.inf
+        reward = None
+        if accepted:
+            reward = math.nextafter(state.current_reward, math.inf) if state.current else 0.0
+        known = state.step if state.num_known is None else state.num_known
+        return replace(self._after(state, point, reward, accepted), event=None, num_known=known)
 
-    def is_seed(self, state: ChainState) -> bool:
-        """Return whether the next proposal is a starting point."""
-        return state.step < len(self.annealing.seeds)
-
-    def branch(
+    def _after(
         self, state: ChainState, point: Point, reward: float | None, accepted: bool
     ) -> ChainState:
-        """Return the state after `point` was accepted or rejected, whichever is asked for."""
         parameters = self.annealing
-        is_seed = self.is_seed(state)
-        event: Event = (
-            "fail" if reward is None else "seed" if is_seed else "accept" if accepted else "reject"
-        )
-        after = replace(state, step=state.step + 1, event=event)
+        after = replace(state, step=state.step + 1, history=(*state.history, (point, reward)))
         if reward is not None and accepted:
             after = replace(after, current=point, current_reward=reward)
         if reward is not None and reward > state.best_reward:
-            after = replace(after, best=point, best_reward=reward, steps_since_best=0)
-        elif not is_seed:
-            after = replace(after, steps_since_best=state.steps_since_best + 1)
-        if not is_seed:
+            after = replace(after, best=point, best_reward=reward)
+        if not self.is_seed(state):
             after = self._cool(after)
         if after.step >= len(parameters.seeds) + parameters.num_steps:
             after = replace(after, finished=True)
         return after
 
+    def _unit(self, state: ChainState) -> float:
+        """Return what the state's temperature is to be multiplied by to be a reward."""
+        if self.annealing.initial_temperature is not None:
+            return 1.0
+        rewards = _rewards(state.history[: len(self.annealing.seeds)])
+        return TEMPERATURE_SHARE * (max(rewards) - median(rewards)) if rewards else 0.0
+
+    # --- the surrogate -----------------------------------------------------------------------
+
+    def _choose(self, state: ChainState, size: float) -> Point:
+        seen = self._seen(state)
+        unseen = tuple(point for point, _ in state.history[len(seen) :])
+        assert state.current is not None
+        numbers = (self._seed, self._chain, state.step)
+        return _chosen(self.annealing, numbers, state.current, size, seen, unseen)
+
+    def _seen(self, state: ChainState) -> tuple[Outcome, ...]:
+        """Return the outcomes whose rewards the next proposal may depend on."""
+        return state.history[: max(0, state.step - self.annealing.lag)]
+
+    # --- the temperature ---------------------------------------------------------------------
+
     def _cool(self, state: ChainState) -> ChainState:
         parameters = self.annealing
-        state = replace(state, temperature=parameters.cooling * state.temperature)
+        state = replace(
+            state,
+            temperature=parameters.cooling * state.temperature,
+            steps_since_best=0 if self._has_news(state) else state.steps_since_best + 1,
+        )
         if state.temperature < parameters.min_temperature:
             state = self._restart(state)
         if parameters.patience is not None and state.steps_since_best >= parameters.patience:
             state = self._escape(replace(state, steps_since_best=0))
         return state
 
+    def _has_news(self, state: ChainState) -> bool:
+        """Whether the last outcome to be seen is a new best."""
+        seen = self._seen(state)
+        reward = seen[-1][1] if seen else None
+        return reward is not None and reward > max(_rewards(seen[:-1]), default=-math.inf)
+
     def _escape(self, state: ChainState) -> ChainState:
         parameters = self.annealing
-        worth_refining = state.best_reward > parameters.reheat_above
+        seen = self._seen(state)
+        best, best_reward = _best(seen)
+        bar = parameters.reheat_above
+        if bar is None:
+            bar = max(_rewards(seen[: len(parameters.seeds)]), default=math.inf)
+        worth_refining = best_reward > bar
         if worth_refining and state.num_reheats < parameters.max_reheats:
             return replace(
                 state,
@@ -200,18 +304,19 @@ class Chain:
         return self._restart(
             replace(
                 state,
-                current=state.best,
-                current_reward=state.best_reward,
+                current=best,
+                current_reward=best_reward,
                 step_factor=parameters.restart_step_factor,
             )
         )
 
     def _restart(self, state: ChainState) -> ChainState:
+        most = self.annealing.max_restarts
         return replace(
             state,
-            temperature=self.annealing.initial_temperature,
+            temperature=self._initial_temperature,
             num_restarts=state.num_restarts + 1,
-            finished=state.num_restarts + 1 > self.annealing.max_restarts,
+            finished=most is not None and state.num_restarts + 1 > most,
         )
 
     def _draws(self, state: ChainState) -> Draws:
@@ -220,3 +325,85 @@ class Chain:
     def _clip(self, point: Point) -> Point:
         pairs = zip(point, self.annealing.bounds, strict=True)
         return tuple(round(min(max(value, low), high), DECIMALS) for value, (low, high) in pairs)
+
+
+def space_filling(bounds: Sequence[tuple[float, float]], num_points: int) -> tuple[Point, ...]:
+    """Return points that fill the box evenly, the same ones each time.
+
+    Source: Roberts, The unreasonable effectiveness of quasirandom sequences (2018), R_d.
+    """
+    root = 2.0
+    for _ in range(64):  # The root of x^(d + 1) = x + 1.
+        root = (1.0 + root) ** (1.0 / (len(bounds) + 1))
+    return tuple(
+        tuple(
+            low + (high - low) * ((0.5 + (index + 1) * root ** -(axis + 1)) % 1.0)
+            for axis, (low, high) in enumerate(bounds)
+        )
+        for index in range(num_points)
+    )
+
+
+def _rewards(outcomes: Sequence[Outcome]) -> list[float]:
+    return [reward for _, reward in outcomes if reward is not None]
+
+
+def _best(outcomes: Sequence[Outcome]) -> tuple[Point | None, float]:
+    """The first of the highest rewards and its point; (None, -inf) if all failed."""
+    best: tuple[Point | None, float] = (None, -math.inf)
+    for point, reward in outcomes:
+        if reward is not None and reward > best[1]:
+            best = (point, reward)
+    return best
+
+
+def _to_unit(points: Sequence[Point], bounds: Sequence[tuple[float, float]]) -> Array:
+    low, high = np.array(bounds).T
+    unit: Array = (np.reshape(points, (-1, len(bounds))) - low) / (high - low)
+    return unit
+
+
+# Walking ahead comes by the same states again and again.
+@lru_cache(maxsize=8192)
+def _chosen(
+    annealing: Annealing,
+    numbers: tuple[int, int, int],
+    current: Point,
+    size: float,
+    seen: tuple[Outcome, ...],
+    unseen: tuple[Point, ...],
+) -> Point:
+    """Choose among neighbours the one that the surrogate has the highest hopes of.
+
+    numbers: seed, chain and step, by which the neighbours are drawn.
+    size:    scale of their Cauchy steps, in widths of the box.
+    seen:    outcomes that the surrogate may know; unseen: points whose outcomes it may not.
+    """
+    *key, step = numbers
+    bounds = annealing.bounds
+    bits = np.random.Philox(key=key, counter=[0, 0, 1, step])
+    generator = np.random.Generator(bits)
+    shape = (annealing.candidates, len(bounds))
+    moves = generator.normal(size=shape) / np.abs(generator.normal(size=(shape[0], 1)))
+    candidates = np.clip(_to_unit([current], bounds) + size * moves, 0.0, 1.0)
+    chosen = candidates[0]
+    known = (*annealing.known, *seen)
+    if _rewards(known):
+        scored = {point for point, reward in known if reward is not None}
+        pending = [point for point, _ in known if point not in scored]
+        pending += [point for point in unseen if point not in scored]
+        with _THREADS.limit(limits=1):
+            hopes = _surrogate(known, bounds).upper_bounds(
+                candidates, _to_unit(pending, bounds), annealing.exploration
+            )
+        chosen = candidates[int(np.argmax(hopes))]
+    pairs = zip(chosen, bounds, strict=True)
+    return tuple(low + float(x) * (high - low) for x, (low, high) in pairs)
+
+
+@lru_cache(maxsize=4)
+def _surrogate(seen: tuple[Outcome, ...], bounds: tuple[tuple[float, float], ...]) -> Surrogate:
+    """Fit the surrogate to what is seen; walking ahead asks for the same few again and again."""
+    scored = [(point, reward) for point, reward in seen if reward is not None]
+    points, rewards = zip(*scored, strict=True)
+    return Surrogate.fit(_to_unit(points, bounds).tolist(), rewards)

@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    field_validator,
 )
 from pydantic import model_validator as check
 
@@ -136,18 +137,27 @@ class AnnealingSettings(Settings):
     speculation: Annotated[int | str, BeforeValidator(_speculation)]
     chains: Count
     seeds: Annotated[tuple[Triple, ...], Field(min_length=1)]
+    space_filling: Annotated[int, Field(ge=0)]
     start_from_paper: bool
-    initial_temperature: Annotated[float, Field(gt=0)]
+    initial_temperature: Annotated[float, Field(gt=0)] | None
     cooling: Share
     min_temperature: Annotated[float, Field(ge=0)]
     step_size: Annotated[float, Field(gt=0)]
     min_step_size: Annotated[float, Field(ge=0)]
+    candidates: Count
+    exploration: Annotated[float, Field(ge=0)]
+    lag: Annotated[int, Field(ge=0)]
     patience: Count | None
-    reheat_above: float
+    reheat_above: float | None
     reheat_factor: Annotated[float, Field(ge=1)]
     max_reheats: Annotated[int, Field(ge=0)]
     restart_step_factor: Annotated[float, Field(gt=0)]
-    max_restarts: Annotated[int, Field(ge=0)]
+    max_restarts: Annotated[int, Field(ge=0)] | None
+
+    @field_validator("initial_temperature", "reheat_above", mode="before")
+    @classmethod
+    def _chosen_by_the_chain(cls, value: object) -> object:
+        return None if value == "auto" else value
 
 
 class RacingSettings(Settings):

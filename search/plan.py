@@ -16,6 +16,7 @@ from crdiff_core.models import Model
 from crdiff_core.prompts import PromptSet, read_texts, shipped_texts, split_prompts
 from crdiff_core.ratios import BlockRatios
 from crdiff_core.rewards import Reward, load_reward
+from search.annealing import space_filling
 from search.baselines import baseline
 from search.batching import Batching
 from search.budget import Budget
@@ -200,12 +201,16 @@ def _searcher(config: Config, space: Space, race: Race | None) -> Searcher:
     of_paper = config.model.paper_ratios.get(str(config.res))
     if settings.start_from_paper and of_paper is not None and of_paper not in seeds:
         seeds.append(of_paper)
-    own = {"name", "warm_start", "speculation", "chains", "seeds", "start_from_paper"}
+    starts = [space.start(seed) for seed in seeds]
+    fill = space_filling(tuple(space.bounds.values()), settings.space_filling)
+    starts += [dict(zip(space.bounds, point, strict=True)) for point in fill]
+    own = {"name", "warm_start", "speculation", "chains"}
+    own |= {"seeds", "space_filling", "start_from_paper"}
     return AnnealingSearch(
         space.bounds,
         seed=config.seed,
         max_steps=num_steps,
-        seeds=[space.start(seed) for seed in seeds[:num_steps]],
+        seeds=starts[:num_steps],
         speculation=settings.speculation,
         chains=settings.chains,
         race=race,

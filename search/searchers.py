@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from ray.tune.search import Searcher
 
-from search.annealing import DECIMALS, Annealing, Chain, ChainState, Point
+from search.annealing import DECIMALS, Annealing, Chain, ChainState, Point, space_filling
 from search.racing import Race, estimate
 from search.speculation import Commit, Outcome, Speculation
 
@@ -22,6 +22,7 @@ Bounds = Mapping[str, tuple[float, float]]
 
 # Below this a proposal is not worth a worker that would else be idle.
 _LEAST_LIKELIHOOD = 0.01
+_NUM_SEEDS = 8
 
 
 class AnnealingSearch(Searcher):  # type: ignore[misc]
@@ -38,7 +39,7 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
     metric, mode: what trials report, and whether "max" or "min" is better.
     seed:         of every random number; equal seeds and results give equal commits.
     max_steps:    steps in all, starting points included, over all chains; then it is finished.
-    seeds:        starting points, in any order; by default the middle of the space.
+    seeds:        starting points, in any order; by default eight that fill the space evenly.
     speculation:  evaluations under way at most, dead ones not counted; "auto": as many as are
                   asked for and at least a hundredth likely to be needed; "off": one for
                   each chain.
@@ -80,8 +81,11 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
         self.race = race
         self.names = tuple(space)
         self._bounds = tuple((float(low), float(high)) for low, high in space.values())
-        middle = {name: (low + high) / 2 for name, (low, high) in space.items()}
-        self._given = [self._point(start) for start in seeds or [middle]]
+        filling = space_filling(self._bounds, min(_NUM_SEEDS, max(1, max_steps)))
+        self._given = [
+            self._point(start)
+            for start in seeds or [dict(zip(space, each, strict=True)) for each in filling]
+        ]
         if max_steps < len(self._given):
             raise ValueError(
                 f"max_steps {max_steps} is less than the {len(self._given)} seeds: raise it"
@@ -97,6 +101,8 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
         # What is known of points: how they came out, and rewards by prompt as far as they go.
         self._outcomes: dict[Point, Outcome] = {}
         self._rewards: dict[Point, tuple[float, ...]] = {}
+        # Of other searches, from before this one began.
+        self._known: tuple[tuple[Point, float | None], ...] = ()
         self._pending: dict[str, Point] = {}
         self._max_concurrent: float = math.inf
         self._has_suggested = False
@@ -166,12 +172,13 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
         if self._has_suggested:
             self._commit()
         else:
+            self._known = (*self._known, (point, reward))
             self._begin()
 
     def save(self, checkpoint_path: str) -> None:
         """Write every known outcome as JSON; what is pending is suggested again after restore."""
         raw = {
-            "seeds": self._seeds,
+            "known": self._known,
             "outcomes": [[point, outcome.reward] for point, outcome in self._outcomes.items()],
             "rewards": list(self._rewards.items()),
         }
@@ -183,8 +190,9 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
         self._outcomes = {tuple(point): Outcome(reward) for point, reward in raw["outcomes"]}
         self._rewards = {tuple(point): tuple(rewards) for point, rewards in raw["rewards"]}
         self._pending = {}
+        self._known = tuple((tuple(point), reward) for point, reward in raw["known"])
         self._has_suggested = True
-        self._begin([tuple(point) for point in raw["seeds"]])
+        self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
         # The trees are grown again.
@@ -193,7 +201,7 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._begin(self._seeds)
+        self._begin()
 
     # --- what an EvaluationSearch asks ---------------------------------------------------------
 
@@ -226,13 +234,13 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
 
     # --- the chains --------------------------------------------------------------------------
 
-    def _begin(self, seeds: Sequence[Point] | None = None) -> None:
+    def _begin(self) -> None:
         """Set the chains to their start, and take them along what is known."""
-        known = {p: each.reward for p, each in self._outcomes.items() if each.reward is not None}
-        self._seeds = list(self._given if seeds is None else seeds)
-        if seeds is None and known:
-            best = max(known, key=lambda point: (known[point], point))
-            self._seeds += [best] if best not in self._seeds else []
+        self._seeds = list(self._given)
+        scored = [(reward, point) for point, reward in self._known if reward is not None]
+        best = max(scored, default=None)
+        if best is not None and best[1] not in self._seeds:
+            self._seeds.append(best[1])
         self.commits.clear()
         self._chains = [self._chain(number) for number in range(self._num_chains)]
         self._commit()
@@ -248,6 +256,7 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
             bounds=self._bounds,
             seeds=seeds,
             num_steps=max(0, num_steps - len(seeds)),
+            known=self._known,
             **self._parameters,
         )
         return Speculation(Chain(annealing, self._seed, number), self._outcome, number)

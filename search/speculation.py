@@ -45,14 +45,15 @@ class Commit:
 class Node:
     """A state that the chain may come to, and the proposal it would make there.
 
-    is_certain: no reward in it is a guess at an evaluation that is not finished.
+    point:      None if there is none: the chain ends there, or too little is known yet.
+    is_certain: whether the current reward is no guess, if the chain comes there.
     needed:     gain for each unit of distance above which the proposal is accepted.
     known:      the node after it once its outcome is known; accepted and rejected: until then.
     """
 
     state: ChainState
-    point: Point
-    is_certain: bool
+    point: Point | None
+    is_certain: bool = True
     needed: float | None = None
     known: Node | None = None
     accepted: Node | None = None
@@ -74,7 +75,7 @@ class Speculation:
         self._chain = chain
         self._outcome = outcome
         self._number = number
-        self._head = self._node(chain.start(), is_certain=True)
+        self._head = self._node(chain.start())
         # Gain for each unit of distance, of the latest moves: in order of time, and of size.
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
@@ -86,7 +87,7 @@ class Speculation:
 
     def commit(self) -> Iterator[Commit]:
         """Move the chain along every outcome that is known, one step after the other."""
-        while not self.state.finished:
+        while self._head.point is not None:
             before, point = self.state, self._head.point
             outcome = self._outcome(self._chain, before, point)
             if outcome is None:
@@ -104,7 +105,7 @@ class Speculation:
         num_pushed = 1
         while heap:
             negative, _, node = heapq.heappop(heap)
-            if node.state.finished:
+            if node.point is None:
                 continue
             outcome = self._outcome(self._chain, node.state, node.point)
             if outcome is None:
@@ -118,13 +119,13 @@ class Speculation:
             yield 1.0, self._after(node, outcome)
             return
         state, chain = node.state, self._chain
+        assert node.point is not None
+        is_seed = chain.is_seed(state)
         if node.accepted is None or node.rejected is None:
-            # The guess: a little better than the current point, and the best if that was.
-            guess = math.nextafter(state.current_reward, math.inf) if state.current else 0.0
-            accepted = chain.branch(state, node.point, guess, accepted=True)
-            rejected = chain.branch(state, node.point, -math.inf, accepted=False)
+            accepted = chain.suppose(state, node.point, accepted=True)
+            rejected = chain.suppose(state, node.point, accepted=False)
             node.accepted = self._node(accepted, is_certain=False)
-            node.rejected = self._node(rejected, node.is_certain and not chain.is_seed(state))
+            node.rejected = self._node(rejected, node.is_certain and not is_seed)
         share = self._acceptance(node, outcome)
         if chain.is_seed(node.accepted.state):
             # The next starting point comes whatever this one gives.
@@ -135,13 +136,9 @@ class Speculation:
 
     def _after(self, node: Node, outcome: Outcome) -> Node:
         if node.known is None:
+            assert node.point is not None
             state = self._chain.advance(node.state, node.point, outcome.reward)
-            if state.event == "reject" and node.rejected is not None:
-                # What was grown for a rejection holds whatever the reward was.
-                node.known = node.rejected
-                node.known.state = state
-            else:
-                node.known = self._node(state, node.is_certain)
+            node.known = self._node(state)
         return node.known
 
     def _acceptance(self, node: Node, outcome: Outcome | None) -> float:
@@ -153,6 +150,7 @@ class Speculation:
         if node.state.current is None:
             return _TRUST
         if node.needed is None:
+            assert node.point is not None
             distance = math.dist(node.point, node.state.current)
             gain = self._chain.min_gain(node.state)
             node.needed = gain / distance if distance > 0 else -math.inf
@@ -172,5 +170,6 @@ class Speculation:
         if len(self._recent) > _MEMORY:
             self._sorted.remove(self._recent.popleft())
 
-    def _node(self, state: ChainState, is_certain: bool) -> Node:
-        return Node(state, () if state.finished else self._chain.propose(state), is_certain)
+    def _node(self, state: ChainState, is_certain: bool = True) -> Node:
+        is_open = not state.finished and self._chain.can_propose(state)
+        return Node(state, self._chain.propose(state) if is_open else None, is_certain)

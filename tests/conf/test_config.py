@@ -6,6 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from search.annealing import REFERENCE, Annealing
 from search.config import Config, ConfigError
 from search.run import CONF
 
@@ -100,17 +101,16 @@ def test_the_defaults_of_annealing_are_the_reference_implementations():
     assert (searcher.restart_step_factor, searcher.max_restarts) == (3.0, 2)
 
 
-def test_conf_has_the_chains_own_defaults():
-    from search.annealing import Annealing
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("annealing", {}), ("annealing_paper", REFERENCE)]
+)
+def test_conf_has_the_chains_own_defaults(name, parameters):
+    chains = vars(Annealing(bounds=(), seeds=(), **parameters))
+    settings = composed(f"searcher={name}").searcher.model_dump()
+    of_chain = set(chains) - {"bounds", "seeds", "num_steps", "known"}
 
-    defaults = Annealing(bounds=(), seeds=())
-    searcher = composed().searcher.model_dump()
-    shared = set(searcher) & set(vars(defaults)) - {"bounds", "seeds"}
-
-    assert len(shared) == 11
-    assert {name: searcher[name] for name in shared} == {
-        name: getattr(defaults, name) for name in shared
-    }
+    assert len(of_chain) == 14
+    assert {name: settings[name] for name in of_chain} == {name: chains[name] for name in of_chain}
 
 
 @pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: file.stem)

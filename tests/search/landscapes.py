@@ -49,7 +49,7 @@ def reward_of(ratios, prompt):
 def measure(ratios, prompts):
     """Stand in for a trial's drawing and scoring."""
     rewards = tuple(reward_of(ratios, prompt) for prompt in prompts)
-    seconds = {"prune": 0.0, "render": 1.0, "score": 0.0}
+    seconds = {"prune": 0.0, "render": float(len(prompts)), "score": 0.0}
     return Measurement(rewards, ratios.as_dict(), seconds, len(prompts))
 
 
@@ -83,9 +83,10 @@ def make_search(
     )
 
 
-def work(search, num_workers=1, outcome=None, max_trials=10_000, seed=0):
+def work(search, num_workers=1, outcome=None, max_trials=10_000, seed=0, clock=None):
     """Draw whatever the search hands out, on workers that finish in random order.
 
+    clock:   has its `now` set on as pictures are drawn, a second each.
     outcome: (ratios, prompts) -> what a trial reports; by default it measures.
     Returns the number of trials that ended.
     """
@@ -104,6 +105,8 @@ def work(search, num_workers=1, outcome=None, max_trials=10_000, seed=0):
         ratios = BlockRatios(**config["ratios"])
         prompts = PROMPTS[config["prompts"]].prompts
         prompts = tuple(prompts[number] for number in config["batch"])
+        if clock is not None:
+            clock.now += len(prompts) / num_workers
         reported = {"measured": measure(ratios, prompts)} if outcome is None else None
         search.on_trial_complete(trial_id, reported or outcome(ratios, prompts))
         count += 1

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.annealing import Annealing, Chain, draws
+from search.annealing import REFERENCE, Annealing, Chain, draws, space_filling
 
 BOUNDS = ((0.1, 0.8),) * 3
 SEEDS = ((0.3, 0.3, 0.3), (0.6, 0.2, 0.4))
@@ -18,6 +18,11 @@ def surface(point):
     near = sum((x - y) ** 2 for x, y in zip(point, (0.62, 0.25, 0.45), strict=True))
     far = sum((x - y) ** 2 for x, y in zip(point, (0.2, 0.7, 0.2), strict=True))
     return math.exp(-near / 0.02) + 0.6 * math.exp(-far / 0.05)
+
+
+def reference(*args, **parameters):
+    """The reference implementation's annealing, but for these parameters."""
+    return Annealing(*args, **{**REFERENCE, **parameters})
 
 
 def walk(chain, reward=surface):
@@ -65,9 +70,7 @@ def algorithm_1(evaluate, seeds, t_init, alpha, n_iter, r_max, t_small, step, mi
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("t_small", [1e-4, 0.02])
 def test_chain_is_algorithm_1_step_by_step(seed, t_small):
-    annealing = Annealing(
-        BOUNDS, SEEDS, num_steps=120, min_temperature=t_small, patience=None, max_restarts=2
-    )
+    annealing = reference(BOUNDS, SEEDS, min_temperature=t_small, patience=None)
     expected = algorithm_1(surface, SEEDS, 0.1, 0.95, 120, 2, t_small, 0.10, 0.005, seed)
 
     found = [
@@ -86,7 +89,7 @@ def test_seeds_are_evaluated_first_and_the_chain_starts_from_the_best():
 
 
 def test_without_progress_a_good_best_reheats_then_restarts_then_ends():
-    annealing = Annealing(BOUNDS, SEEDS[:1], num_steps=1000, patience=5, reheat_above=0.8)
+    annealing = reference(BOUNDS, SEEDS[:1], num_steps=1000, patience=5, reheat_above=0.8)
     steps = walk(Chain(annealing), reward=lambda point: 0.9 if point == SEEDS[0] else 0.0)
     escapes = [
         (state.num_reheats, state.num_restarts)
@@ -99,14 +102,14 @@ def test_without_progress_a_good_best_reheats_then_restarts_then_ends():
 
 
 def test_reheating_multiplies_the_temperature():
-    annealing = Annealing(BOUNDS, SEEDS[:1], patience=5, reheat_above=0.8, cooling=0.9)
+    annealing = reference(BOUNDS, SEEDS[:1], patience=5, reheat_above=0.8, cooling=0.9)
     steps = walk(Chain(annealing), reward=lambda point: 0.9 if point == SEEDS[0] else 0.0)
 
     assert steps[5][1].temperature == pytest.approx(0.1 * 0.9**5 * 1.5)
 
 
 def test_restarting_goes_back_to_the_best_with_larger_steps():
-    annealing = Annealing(BOUNDS, SEEDS[:1], patience=5, reheat_above=2.0)
+    annealing = reference(BOUNDS, SEEDS[:1], patience=5, reheat_above=2.0)
     steps = walk(Chain(annealing), reward=lambda point: 0.9 if point == SEEDS[0] else 0.89)
     restarted = steps[5][1]
 
@@ -124,7 +127,7 @@ def test_a_failed_evaluation_is_rejected():
 
 
 def test_a_chain_whose_seeds_all_failed_goes_on_from_the_middle():
-    chain = Chain(Annealing(BOUNDS, SEEDS[:1]))
+    chain = Chain(reference(BOUNDS, SEEDS[:1]))
     state = chain.advance(chain.start(), SEEDS[0], None)
     point = chain.propose(state)
 
@@ -151,7 +154,11 @@ chains = st.builds(
         cooling=st.floats(0.5, 1),
         step_size=st.floats(0.001, 1),
         patience=st.none() | st.integers(1, 10),
-        max_restarts=st.integers(0, 3),
+        max_restarts=st.none() | st.integers(0, 3),
+        initial_temperature=st.none() | st.floats(0.01, 1),
+        reheat_above=st.none() | st.floats(-1, 1),
+        candidates=st.sampled_from([1, 7]),
+        lag=st.integers(0, 9),
     ),
     st.integers(0, 2**63 - 1),
 )
@@ -186,3 +193,109 @@ def test_equal_outcomes_give_equal_walks(chain, outcomes):
         return found
 
     assert steps(chain) == steps(again)
+
+
+# --- what the defaults have over the reference -------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(chain=chains, outcomes=rewards, decisions=st.lists(st.booleans(), min_size=9, max_size=9))
+def test_what_a_supposed_state_proposes_is_what_the_real_one_will(chain, outcomes, decisions):
+    """Whatever the rewards are, as long as the same proposals are accepted."""
+    state = chain.start()
+    while not state.finished and state.step < 20:
+        if not chain.is_seed(state) and state.current is not None:
+            break
+        state = chain.advance(state, chain.propose(state), outcomes[state.step])
+    supposed = real = state
+    for accepted in decisions:
+        if supposed.finished or real.finished or chain.annealing.candidates == 1:
+            break
+        if not chain.can_propose(supposed):
+            assert supposed.step - state.step > chain.annealing.lag
+            break
+        point = chain.propose(supposed)
+        assert point == chain.propose(real)
+        # A reward by which the real chain decides the same.
+        reward = real.current_reward + (1.0 if accepted else -1e9)
+        if real.current is None:
+            reward = 0.0 if accepted else None
+        supposed = chain.suppose(supposed, point, accepted)
+        real = chain.advance(real, point, reward)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    chain=chains,
+    outcomes=st.lists(st.none() | st.integers(-64, 64), min_size=43, max_size=43),
+    factor=st.sampled_from([0.25, 1.0, 64.0]),
+    offset=st.sampled_from([-4.0, 0.0, 8.0]),
+)
+def test_neither_the_scale_nor_the_offset_of_the_reward_changes_the_walk(
+    chain, outcomes, factor, offset
+):
+    scale_free = replace(
+        chain.annealing, initial_temperature=None, reheat_above=None, candidates=7, lag=2
+    )
+
+    def steps(change):
+        one, found = Chain(scale_free, chain._seed), []
+        state = one.start()
+        while not state.finished:
+            found.append(one.propose(state))
+            value = outcomes[state.step]
+            state = one.advance(state, found[-1], None if value is None else change(value))
+        return found
+
+    assert steps(lambda value: factor * value + offset) == steps(float)
+
+
+def test_the_temperature_is_a_share_of_what_the_starting_points_span():
+    seeds = ((0.2, 0.2, 0.2), (0.3, 0.3, 0.3), (0.4, 0.4, 0.4))
+    chain = Chain(Annealing(BOUNDS, seeds))
+    state = chain.start()
+    for reward in (1.0, 5.0, 2.0):
+        state = chain.advance(state, chain.propose(state), reward)
+
+    drawn = draws(0, 0, 3, 3).acceptance
+    assert chain.min_gain(state) == pytest.approx(0.1 * (5.0 - 2.0) * math.log(drawn))
+
+
+def test_it_reheats_only_once_it_is_above_its_starting_points():
+    def reheats(gains):
+        annealing = Annealing(BOUNDS, SEEDS, num_steps=60, patience=5)
+        values = itertools.count()
+        steps = walk(Chain(annealing), lambda point: next(values) if gains else -next(values))
+        return steps[-1][1]
+
+    # What gets better at each step never needs to.
+    assert (reheats(True).num_reheats, reheats(True).num_restarts) == (0, 0)
+    assert (reheats(False).num_reheats, reheats(False).num_restarts > 0) == (0, True)
+
+
+def test_it_finds_the_better_of_two_optima_with_few_evaluations():
+    seeds = space_filling(BOUNDS, 8)
+    best = [walk(Chain(Annealing(BOUNDS, seeds, num_steps=52), seed))[-1][1] for seed in range(5)]
+
+    assert min(state.best_reward for state in best) > 0.98
+
+
+def test_space_filling_points_lie_in_the_box_and_apart():
+    points = space_filling(((0.0, 1.0), (5.0, 6.0)), 32)
+
+    assert all(0 <= x <= 1 and 5 <= y <= 6 for x, y in points)
+    assert min(math.dist(a, b) for a, b in itertools.combinations(points, 2)) > 0.08
+    assert space_filling(((0.0, 1.0), (5.0, 6.0)), 5) == points[:5]
+
+
+def test_results_of_other_searches_inform_the_surrogate():
+    known = tuple((point, surface(point)) for point in space_filling(BOUNDS, 40))
+    cold = Annealing(BOUNDS, SEEDS, num_steps=3, lag=0)
+    warm = replace(cold, known=known)
+    found = [
+        max(surface(point) for point, _ in walk(Chain(annealing, seed))[2:])
+        for annealing in (cold, warm)
+        for seed in range(5)
+    ]
+
+    assert sum(found[5:]) > sum(found[:5])

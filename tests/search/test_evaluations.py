@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crdiff_core.ratios import BlockRatios
+from search.batching import Batching
 from search.comparison import compare
 from search.ledger import Ledger
+from search.racing import Race
+from search.space import Candidate
 from tests.search.landscapes import PROMPTS, RECIPE, course, make_search, measure, reward_of, work
 
 BATCHES = {"search": 3, "rerank": 3, "validation": 4}
@@ -329,3 +332,262 @@ def test_the_verdict_follows_the_interval(shift, verdict):
 
 def test_equal_rewards_show_no_difference():
     assert compare([0.5, 0.7], [0.5, 0.7]).verdict == "no difference shown"
+
+
+# --- many workers --------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    num_workers=st.integers(2, 12),
+    seed=st.integers(0, 1000),
+    batch_size=st.sampled_from([1, 3, 7]),
+    racing=st.booleans(),
+    flaky=st.booleans(),
+    chains=st.sampled_from([1, 2]),
+)
+def test_any_number_of_workers_gives_the_same_course(
+    tmp_path_factory, num_workers, seed, batch_size, racing, flaky, chains
+):
+    given = {
+        "race": Race(alpha=0.3, stride=2) if racing else None,
+        "annealing": {"chains": chains},
+    }
+    one = make_search(tmp_path_factory.mktemp("one"), **given)
+    work(one, outcome=failing_at_random(flaky))
+    many = make_search(tmp_path_factory.mktemp("many"), batching=Batching(batch_size), **given)
+    work(many, num_workers, failing_at_random(flaky), seed=seed)
+
+    assert course(many) == course(one)
+    assert many.winner.key == one.winner.key
+
+
+def failing_at_random(flaky):
+    """Some evaluations fail for good, and every third batch at its first try."""
+    seen = set()
+
+    def outcome(ratios, prompts):
+        word = hash((ratios, prompts)) % 3
+        if flaky and word == 0 and (ratios, prompts) not in seen:
+            seen.add((ratios, prompts))
+            return {"failure": "lost", "transient": True}
+        if flaky and not ratios.is_dense and int(1e6 * sum(ratios.as_dict().values())) % 5 == 0:
+            return {"failure": "NaN pictures", "transient": False}
+        return {"measured": measure(ratios, prompts)}
+
+    return outcome
+
+
+def test_evaluations_that_the_chain_passed_by_are_stopped_and_keep_their_rewards(tmp_path):
+    search = make_search(tmp_path, batching=Batching(1))
+    work(search, num_workers=30)
+    stopped = [e for e in search.evaluations if e.is_stopped]
+    taken = {step.evaluation.key for step in search.steps}
+    ledger = Ledger(tmp_path)
+
+    assert stopped
+    assert all(e.key not in taken and math.isnan(e.mean) for e in stopped)
+    for evaluation in stopped:
+        known = [ledger.get(evaluation.key, prompt) for prompt in evaluation.prompts.prompts]
+        assert len(evaluation.rewards) <= sum(entry is not None for entry in known) < 7
+
+
+def test_a_stopped_evaluation_can_be_completed_later_from_its_rows(tmp_path):
+    first = make_search(tmp_path, race=Race(alpha=0.3, stride=2))
+    work(first)
+    stopped = {e.key: len(e.rewards) for e in first.evaluations if e.is_stopped}
+    again = make_search(tmp_path)
+    work(again)
+    completed = [e for e in again.evaluations if e.key in stopped and e.kind == "search"]
+
+    assert completed
+    assert all(e.num_rendered == 7 - stopped[e.key] for e in completed)
+    whole = make_search(tmp_path / "whole")
+    work(whole)
+    assert course(again) == course(whole)
+
+
+def test_one_evaluations_batches_come_before_speculation(tmp_path):
+    search = make_search(tmp_path, batching=Batching(1))
+    work(search, max_trials=7)  # The dense baseline.
+    handed_out = [search.suggest(str(i))["ratios"] for i in range(9)]
+
+    assert handed_out[:7] == [dict.fromkeys(("down", "mid", "up"), 0.3)] * 7
+    assert handed_out[7] == handed_out[8] != handed_out[0]
+
+
+def test_a_better_evaluation_off_the_path_is_reported_and_wins_only_if_allowed(tmp_path):
+    def lucky(search):
+        """Give the best reward to whatever the chain turns out to pass by."""
+        work(search, num_workers=12, seed=2)
+        return search
+
+    search = lucky(make_search(tmp_path, annealing={"seed": 5, "min_step_size": 0.3}))
+    passed = [
+        e
+        for e in search.evaluations
+        if e.kind == "search"
+        and e.is_complete
+        and e.key not in {s.evaluation.key for s in search.steps}
+    ]
+    best = max(passed, key=lambda e: e.mean)
+
+    assert passed
+    assert search.best_off_path == (best if best.mean > search.candidates[0].mean else None)
+    assert not {e.key for e in passed} & {e.key for e in search.candidates}
+    allowing = lucky(
+        make_search(
+            tmp_path / "allowing",
+            annealing={"seed": 5, "min_step_size": 0.3},
+            rerank_off_path=True,
+        )
+    )
+    assert {e.key for e in passed} <= {e.key for e in allowing.candidates}
+
+
+# --- racing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("searcher", ["annealing", "random", "tpe"])
+def test_racing_draws_less_and_only_complete_evaluations_win(tmp_path, searcher):
+    full = make_search(tmp_path / "full", searcher, steps=30)
+    work(full)
+    raced = make_search(tmp_path / "raced", searcher, steps=30, race=Race(alpha=0.3, stride=2))
+    work(raced)
+
+    assert raced.num_drawn < full.num_drawn
+    assert any(step.lost_race for step in raced.steps)
+    assert all(e.is_complete for e in raced.candidates)
+    assert raced.winner.mean == pytest.approx(
+        statistics.fmean(reward_of(raced.winner.ratios, p) for p in PROMPTS["search"].prompts)
+    )
+    assert len(raced.steps) == 30
+
+
+def test_a_raced_search_replays_to_the_same(tmp_path):
+    first = make_search(tmp_path, race=Race(alpha=0.3, stride=2))
+    work(first)
+    again = make_search(tmp_path, race=Race(alpha=0.3, stride=2))
+
+    assert again.replay()
+    assert course(again) == course(first)
+    assert again.num_drawn == 0
+
+
+# --- budgets -----------------------------------------------------------------------------------
+
+LAST = 3 * 8 + 2 * 10  # Pictures of re-ranking and validation.
+
+
+@pytest.mark.parametrize("searcher", ["annealing", "random"])
+@pytest.mark.parametrize("num_workers", [1, 6])
+@pytest.mark.parametrize(
+    "budget",
+    [{"pictures": 100}, {"evaluations": 6}, {"gpu_hours": 0.01}, {"wall_hours": 0.02}],
+    ids=lambda budget: next(iter(budget)),
+)
+def test_a_budget_ends_the_search_cleanly_and_a_larger_one_extends_it(
+    tmp_path, searcher, num_workers, budget
+):
+    def run(budget, clock):
+        search = make_search(
+            tmp_path,
+            searcher,
+            budget=budget,
+            clock=clock,
+            earlier_wall_s=run.wall_s,
+            batching=Batching(7),
+        )
+        search.batching.num_workers = num_workers
+        if not search.replay():
+            work(search, num_workers, seed=1, clock=clock)
+        run.wall_s = search.wall_s
+        return search
+
+    run.wall_s = 0.0
+    short = run(budget, Clock())
+    again = run(budget, Clock())
+    longer = run({name: 2 * value for name, value in budget.items()}, Clock())
+    whole = make_search(tmp_path.with_name(tmp_path.name + "whole"), searcher)
+    work(whole)
+
+    ((name, limit),) = budget.items()
+    assert short.winner is not None
+    assert 0 < len(short.steps) < 20
+    assert f"budget.{name}" in short.ended_by
+    assert getattr(short.use, name) <= limit * 1.001
+    # With the next evaluation it would have been too much.
+    assert getattr(short.use, name) > limit * 0.6
+    assert again.num_drawn == 0
+    assert again.winner.key == short.winner.key
+    assert len(short.steps) < len(longer.steps)
+    if searcher == "annealing":
+        taken = [step.evaluation.key for step in whole.steps]
+        assert [s.evaluation.key for s in longer.steps] == taken[: len(longer.steps)]
+
+
+class Clock:
+    """Seconds that pass as pictures are drawn."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_the_use_of_a_search_counts_every_picture_once_over_its_sessions(tmp_path):
+    work(make_search(tmp_path, batching=Batching(1)), num_workers=5, max_trials=60)
+    search = make_search(tmp_path, batching=Batching(1))
+    work(search, num_workers=3)
+    rows = Ledger(tmp_path).table().num_rows
+
+    assert search.use.pictures == rows
+    assert search.use.gpu_hours == pytest.approx(rows / 3600)
+    assert search.use.evaluations >= len({step.evaluation.key for step in search.steps})
+
+
+def test_a_budget_too_small_for_one_evaluation_says_so(tmp_path):
+    search = make_search(tmp_path, budget={"pictures": LAST})
+    work(search)
+
+    assert "budget.pictures=44 is used up before the first evaluation: raise it" in search.failure
+
+
+def test_more_steps_extend_a_finished_search(tmp_path):
+    work(make_search(tmp_path, steps=10))
+    longer = make_search(tmp_path, steps=20)
+    work(longer)
+    whole = make_search(tmp_path / "whole", steps=20)
+    work(whole)
+
+    assert course(longer) == course(whole)
+    assert longer.num_drawn < whole.num_drawn
+
+
+# --- warm start ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("searcher", ["annealing", "tpe", "cmaes", "qmc", "random", "grid"])
+def test_a_search_begins_with_what_others_of_its_cell_measured(tmp_path, searcher):
+    first = make_search(tmp_path, "random", steps=30)
+    work(first)
+    known = list(Ledger(tmp_path).candidates.values())
+    warm = make_search(tmp_path, searcher, steps=9, warm_start=known)
+    best = first.candidates[0]
+
+    assert len(warm.warm_start) == 30  # Neither the dense model nor what is not complete.
+    assert warm.candidates[0].key == best.key
+    work(warm)
+    assert warm.candidates[0].mean >= best.mean
+    assert len(warm.steps) == (9 if searcher != "grid" else 8)
+
+
+def test_a_warm_start_takes_only_what_fits_the_space(tmp_path):
+    work(make_search(tmp_path, "random", steps=5))
+    known = [
+        Candidate(BlockRatios(0.9, 0.3, 0.3), 1.5),
+        Candidate(BlockRatios(0.3, 0.3, 0.3), 1.0),
+    ]
+
+    assert make_search(tmp_path, warm_start=known).warm_start == []

@@ -1,0 +1,113 @@
+"""A Gaussian process over the rewards so far, which says which of many points looks best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
+
+Array = NDArray[np.float64]
+
+LENGTHS = (0.1, 0.15, 0.2, 0.3, 0.5, 0.8)
+"""Correlation lengths to choose from, in widths of the box."""
+NOISES = (1e-4, 1e-2)
+"""Variances of what no smooth surface explains, relative to the surface's own."""
+LOWEST = -3.0
+"""Lower rewards count as this, in (best - median) below the median: cliffs bend nothing."""
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A Gaussian process with a Matern 5/2 kernel, its mean and scale fitted too.
+
+    Rewards are in units of (best - median) from the median, so multiplying all of them, or adding
+    to all of them, changes no ranking. Source: Rasmussen and Williams (2006), sections 2.2, 5.4.
+    """
+
+    points: Array  # (n, dimensions), in the unit cube
+    factor: Array  # (n, n), Cholesky factor of the correlations
+    residual: Array  # (n,), factor^-1 (rewards - mean)
+    length: float
+    noise: float
+    mean: float
+    deviation: float
+
+    @classmethod
+    def fit(cls, points: Sequence[Sequence[float]], rewards: Sequence[float]) -> Surrogate:
+        """Choose the length and noise of the greatest likelihood.
+
+        points: (n, dimensions) in the unit cube, n >= 1; rewards: (n,), finite.
+        """
+        places, values = np.array(points), np.array(rewards)
+        values = values - np.median(values)
+        values = np.maximum(values / (values.max() or 1.0), LOWEST)
+        distances = _distances(places, places)
+        choices = [
+            cls._of(places, values, distances, length, noise)
+            for noise in NOISES
+            for length in LENGTHS
+        ]
+        return max(choices, key=lambda choice: choice.likelihood)
+
+    @classmethod
+    def _of(
+        cls, points: Array, values: Array, distances: Array, length: float, noise: float
+    ) -> Surrogate:
+        correlations = _matern(distances / length) + noise * np.eye(len(points))
+        factor: Array = np.linalg.cholesky(correlations).astype(np.float64)
+        both = np.stack([np.ones(len(points)), values], axis=1)
+        ones, whitened = solve_triangular(factor, both, lower=True, check_finite=False).T
+        mean = float(ones @ whitened / (ones @ ones))
+        residual = whitened - mean * ones
+        deviation = math.sqrt(float(residual @ residual) / len(points)) or 1.0
+        return cls(points, factor, residual, length, noise, mean, deviation)
+
+    @property
+    def likelihood(self) -> float:
+        """The log likelihood of the rewards, up to a constant."""
+        return float(
+            -len(self.points) * math.log(self.deviation) - np.log(np.diag(self.factor)).sum()
+        )
+
+    def upper_bounds(self, candidates: Array, pending: Array, exploration: float) -> Array:
+        """Mean plus `exploration` standard deviations at each candidate.
+
+        pending: points whose rewards are not known yet: they narrow the deviation, not the mean.
+        Source: GP-BUCB, Desautels et al. (JMLR 2014), algorithm 1.
+        """
+        shared = self._whiten(candidates)
+        means = self.mean + shared.T @ self.residual
+        variances = 1.0 - np.einsum("ij,ij->j", shared, shared)
+        if len(pending):
+            of_pending = self._whiten(pending)
+            within = _matern(_distances(pending, pending) / self.length)
+            within = within - of_pending.T @ of_pending + self.noise * np.eye(len(pending))
+            across = _matern(_distances(pending, candidates) / self.length) - of_pending.T @ shared
+            known = np.linalg.solve(np.linalg.cholesky(within), across)
+            variances = variances - np.einsum("ij,ij->j", known, known)
+        deviations = self.deviation * np.sqrt(np.maximum(variances, 0.0))
+        bounds: Array = means + exploration * deviations
+        return bounds
+
+    def _whiten(self, places: Array) -> Array:
+        correlations = _matern(_distances(self.points, places) / self.length)
+        whitened: Array = solve_triangular(
+            self.factor, correlations, lower=True, check_finite=False
+        )
+        return whitened
+
+
+def _distances(one: Array, other: Array) -> Array:
+    squares = (one * one).sum(1)[:, None] + (other * other).sum(1) - 2.0 * one @ other.T
+    distances: Array = np.sqrt(np.maximum(squares, 0.0))
+    return distances
+
+
+def _matern(scaled: Array) -> Array:
+    root = math.sqrt(5.0) * scaled
+    correlations: Array = (1.0 + root + root * root / 3.0) * np.exp(-root)
+    return correlations
