@@ -34,7 +34,7 @@ class Annealing:
     seeds:               starting points; the chain starts from the best of them.
     num_steps:           proposals after the seeds, N_iter.
     initial_temperature: T_init, in units of the reward; None: TEMPERATURE_SHARE of how far the
-                         best seed is above the median one.
+                         best of the first rewards is above the median one.
     cooling:             alpha, the temperature's factor at each step, in (0, 1].
     min_temperature:     below it the temperature is T_init again, which counts as a restart; in
                          units of the reward, or of T_init if that is None.
@@ -90,7 +90,10 @@ REFERENCE = {
 """Where CR-Diff's reference implementation differs from the defaults of Annealing."""
 
 TEMPERATURE_SHARE = 0.1
-"""T_init as a share of (best - median) of the seeds' rewards, where it is not given."""
+"""T_init as a share of (best - median) of the first rewards, where it is not given."""
+
+NUM_FIRST = 8
+"""How many rewards those are, or as many as there are seeds."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +185,10 @@ class Chain:
 
     def can_propose(self, state: ChainState) -> bool:
         """Return whether enough is known in a supposed state to say what it would propose."""
-        has_surrogate = self.annealing.candidates > 1
+        if self.is_seed(state) or self.annealing.candidates == 1:
+            return True
         known = state.step if state.num_known is None else state.num_known
-        return not has_surrogate or known >= state.step - self.annealing.lag
+        return known >= state.step - self.annealing.lag
 
     def is_seed(self, state: ChainState) -> bool:
         """Return whether the next proposal is a starting point."""
@@ -250,7 +254,8 @@ class Chain:
         """Return what the state's temperature is to be multiplied by to be a reward."""
         if self.annealing.initial_temperature is not None:
             return 1.0
-        rewards = _rewards(state.history[: len(self.annealing.seeds)])
+        num_first = max(NUM_FIRST, len(self.annealing.seeds))
+        rewards = _rewards(state.history[:num_first])
         return TEMPERATURE_SHARE * (max(rewards) - median(rewards)) if rewards else 0.0
 
     # --- the surrogate -----------------------------------------------------------------------

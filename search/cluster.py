@@ -70,6 +70,14 @@ def num_workers(resources: dict[str, float]) -> int:
     return max(1, int(min(total.get(names[kind], 0) / n for kind, n in resources.items())))
 
 
+def start_at_once(num_trials: int) -> None:
+    """Let Ray Tune start so many trials side by side; else they would start one after the other.
+
+    And then hardly any would: see search.trial.RatioTrial.
+    """
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(num_trials)
+
+
 def _unreachable(address: str, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split())[:300]
     if address == LOCAL:

@@ -222,6 +222,7 @@ class ClusterSettings(Settings):
     device: Literal["auto", "cpu", "cuda"]
     cpus_per_trial: Count
     gpus_per_trial: Annotated[float, Field(gt=0)]
+    num_workers: Count | None
     gpu_hour_price: Annotated[float, Field(ge=0)] | None
 
 

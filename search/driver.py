@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import pickle
 import tempfile
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,7 +14,7 @@ from typing import Any
 
 from crdiff_core.errors import CRDiffError
 from crdiff_core.ratios import GROUPS
-from search.cluster import connect, num_workers
+from search.cluster import connect, num_workers, start_at_once
 from search.comparison import Comparison
 from search.config import Config, ConfigError
 from search.evaluations import Evaluation, Step
@@ -153,7 +154,9 @@ def _fit(plan: Plan, command: str) -> None:
                 "takes hours for a picture: start a GPU node first, or set cluster.device=cpu if "
                 "you mean it"
             )
-        plan.search.batching.num_workers = num_workers(resources)
+        workers = settings.num_workers or num_workers(resources)
+        plan.search.max_trials = plan.search.batching.num_workers = workers
+        start_at_once(workers)
         setup = TrialSetup(
             model=plan.model,
             revision=plan.recipe.revision,
@@ -170,7 +173,7 @@ def _fit(plan: Plan, command: str) -> None:
             device="cuda" if on_gpu else "cpu",
             num_threads=settings.cpus_per_trial,
         )
-        trainable = tune.with_parameters(RatioTrial, setup=setup)
+        trainable = tune.with_parameters(RatioTrial, setup=pickle.dumps(setup))
         tune.Tuner(
             tune.with_resources(trainable, resources),
             tune_config=tune.TuneConfig(

@@ -175,6 +175,8 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         """The limit that ended the search, if it was not the number of steps."""
         self.winner: Evaluation | None = None
         self.batching = batching or Batching()
+        self.max_trials: float = math.inf
+        """How many trials may run at once."""
         self.on_evaluation: Callable[[Evaluation], None] = lambda _: None
         self._searcher = searcher
         self._annealing = searcher if isinstance(searcher, AnnealingSearch) else None
@@ -201,7 +203,9 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         self._drawn: list[int] = []
         self._num_suggested = 0
         self._exhausted = False
-        self._begin("dense", Candidate(BlockRatios(), recipe.poa_weight), "search")
+        dense = Candidate(BlockRatios(), recipe.poa_weight)
+        self._dense_key = self._key(dense)
+        self._begin("dense", dense, "search")
         self._warm: list[Evaluation] = []
         for candidate in warm_start:
             self._tell_known(candidate)
@@ -213,6 +217,8 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         if self._began_s is None:
             self._began_s = self._latest_s = self._clock()
         while not self.finished:
+            if len(self._trials) >= self.max_trials:
+                return None
             evaluation = self._most_needed()
             if evaluation is not None:
                 batch = self._cut(evaluation)
@@ -327,19 +333,30 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         found = {step.evaluation.key: step.evaluation for step in self.steps if not step.lost_race}
         found |= {evaluation.key: evaluation for evaluation in self._warm}
         if self._rerank_off_path:
-            found |= {e.key: e for e in self._of("search")}
+            found |= {e.key: e for e in self.known_evaluations}
         return sorted((e for e in found.values() if e.is_complete), key=lambda e: -e.mean)
 
     @property
     def best_off_path(self) -> Evaluation | None:
         """The best evaluation that annealing passed by, if it is better than the best it took."""
         taken = {step.evaluation.key for step in self.steps} | {e.key for e in self._warm}
-        passed = [e for e in self._of("search") if e.is_complete and e.key not in taken]
+        passed = [e for e in self.known_evaluations if e.is_complete and e.key not in taken]
         best = max(passed, key=lambda e: e.mean, default=None)
         candidates = self.candidates
         if best is None or (candidates and candidates[0].mean >= best.mean):
             return None
         return best
+
+    @property
+    def known_evaluations(self) -> list[Evaluation]:
+        """All of the search's evaluations, in earlier sessions too, the last of each candidate."""
+        earlier = self._ledger.spent.keys - self._last.keys() - {self._dense_key}
+        others = [
+            self._evaluation(_Open("search", candidate, key, self._prompt_sets["search"]))
+            for key, candidate in self._ledger.candidates.items()
+            if key in earlier
+        ]
+        return [*self._last.values(), *(e for e in others if e.rewards)]
 
     @property
     def use(self) -> Use:
@@ -480,7 +497,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         each_s = spent.seconds / spent.num_pictures if spent.num_pictures else 0.0
         coming_s = num_coming * each_s
         return Use(
-            evaluations=len(keys - {self._key(Candidate(BlockRatios(), 0.0))}),
+            evaluations=len(keys - {self._dense_key}),
             pictures=spent.num_pictures + num_coming,
             gpu_hours=(spent.seconds + coming_s) * self._gpus_per_trial / 3600,
             wall_hours=(self.wall_s + coming_s / self.batching.num_workers) / 3600,
@@ -597,14 +614,14 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         known = (self._ledger.get(evaluation.key, each) for each in evaluation.prompts.prompts)
         return [entry.reward for entry in known if entry is not None and entry.reward is not None]
 
-    def _close(
+    def _evaluation(
         self, evaluation: _Open, is_stopped: bool = False, estimate: float | None = None
-    ) -> None:
-        self._open.remove(evaluation)
+    ) -> Evaluation:
+        """Return the record of an evaluation, as far as the ledger has it."""
         known = [self._ledger.get(evaluation.key, p) for p in evaluation.prompts.prompts]
         entries = [entry for entry in known if entry is not None]
         has_failed = evaluation.failure is not None
-        closed = Evaluation(
+        return Evaluation(
             index=len(self.evaluations),
             kind=evaluation.kind,
             key=evaluation.key,
@@ -618,6 +635,12 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             seconds=sum(entry.seconds for entry in entries),
             num_rendered=evaluation.num_rendered,
         )
+
+    def _close(
+        self, evaluation: _Open, is_stopped: bool = False, estimate: float | None = None
+    ) -> None:
+        self._open.remove(evaluation)
+        closed = self._evaluation(evaluation, is_stopped, estimate)
         self.evaluations.append(closed)
         if closed.kind == "search":
             self._last[closed.key] = closed

@@ -102,24 +102,66 @@ def _source(model: Model) -> dict[str, str]:
 
 
 def write_history(plan: Plan) -> None:
-    """Write one row for each evaluation of the search so far, in the order of completion."""
-    rows = [
-        {
-            "step": e.index,
-            "kind": e.kind,
-            **{group: e.ratios[group] for group in GROUPS},
-            "reward": None if math.isnan(e.mean) else e.mean,
-            "standard_error": None if math.isnan(e.standard_error) else e.standard_error,
-            "num_prompts": len(e.prompts),
-            "seconds": e.seconds,
-            "failure": e.failure,
-            "ledger_key": e.key,
-        }
-        for e in plan.search.evaluations
-    ]
+    """Write the search so far: the steps in their order, then what annealing passed by.
+
+    The dense model comes first, re-ranking and validation last; they have no step. A reward of a
+    step that lost its race is null, and num_prompts says how far it got.
+    """
+    search = plan.search
+    taken = {step.evaluation.key for step in search.steps}
+    others = [e for e in search.evaluations if e.kind != "search"]
+    rows = [_row(e) for e in others if e.kind == "dense"]
+    for number, step in enumerate(search.steps, 1):
+        rows.append(
+            _row(step.evaluation)
+            | {
+                "step": number,
+                "chain": step.chain,
+                "event": step.event,
+                "temperature": step.temperature,
+                "lost_race": step.lost_race,
+            }
+        )
+    rows += [_row(e) for e in search.known_evaluations if e.key not in taken]
+    rows += [_row(e) for e in others if e.kind != "dense"]
     draft = plan.folder / f".{HISTORY_FILE}"
-    pq.write_table(pa.Table.from_pylist(rows), draft)
+    pq.write_table(pa.Table.from_pylist(rows, schema=_HISTORY), draft)
     draft.replace(plan.folder / HISTORY_FILE)
+
+
+_HISTORY = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("kind", pa.string()),
+        *((group, pa.float64()) for group in GROUPS),
+        ("poa_weight", pa.float64()),
+        ("reward", pa.float64()),
+        ("standard_error", pa.float64()),
+        ("num_prompts", pa.int32()),
+        ("seconds", pa.float64()),
+        ("failure", pa.string()),
+        ("chain", pa.int32()),
+        ("event", pa.string()),
+        ("temperature", pa.float64()),
+        ("lost_race", pa.bool_()),
+        ("ledger_key", pa.string()),
+    ]
+)
+
+
+def _row(evaluation: Evaluation) -> dict[str, Any]:
+    mean, error = evaluation.mean, evaluation.standard_error
+    return {
+        "kind": evaluation.kind,
+        **{str(group): evaluation.ratios[group] for group in GROUPS},
+        "poa_weight": evaluation.candidate.poa_weight,
+        "reward": None if math.isnan(mean) else mean,
+        "standard_error": None if math.isnan(error) else error,
+        "num_prompts": len(evaluation.rewards),
+        "seconds": evaluation.seconds,
+        "failure": evaluation.failure,
+        "ledger_key": evaluation.key,
+    }
 
 
 def load_plan(folder: Path) -> Plan:

@@ -215,7 +215,7 @@ class Ledger:
             {**shared, "prompt": prompt.text, "seed": prompt.seed, "reward": reward}
             for prompt, reward in zip(prompts, rewards, strict=True)
         ]
-        self._write(pa.Table.from_pylist(rows, schema=SCHEMA))
+        self._write(rows)
         for row in rows:
             self._add(row, sparsity)
 
@@ -235,7 +235,8 @@ class Ledger:
         if known is None or known.failure is not None:
             self._entries[key] = entry
 
-    def _write(self, table: pa.Table) -> None:
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
         # Time first, so that files sort by age.
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}.parquet"
         draft, target = self.folder / f".{name}", self.folder / name

@@ -22,7 +22,7 @@ class Race:
     Source: the racing of Maron and Moore, Hoeffding Races (NeurIPS 1993), with paired differences.
     """
 
-    alpha: float = 0.01
+    alpha: float = 0.05
     stride: int = 8
 
     def lost_at(

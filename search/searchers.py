@@ -267,7 +267,7 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
         So a step's outcome does not depend on how many prompts were drawn at once.
         """
         rewards, incumbent = self._rewards.get(point), self._incumbent(state)
-        if self.race is not None and rewards and incumbent and not chain.is_seed(state):
+        if self.race is not None and rewards and incumbent:
             num_drawn = self.race.lost_at(rewards, incumbent, chain.min_gain(state))
             if num_drawn is not None:
                 return Outcome(estimate(rewards[:num_drawn], incumbent), stopped=True)
@@ -297,7 +297,7 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
         self._walk = heapq.merge(*walks, key=lambda found: -found[0])
         pending = set(self._pending.values())
         # What is not found by then is far less likely than much that nobody evaluates.
-        for found in itertools.islice(self._walk, 2 * len(pending) + 8):
+        for found in itertools.islice(self._walk, len(pending) + len(pending) // 4 + 8):
             self._sort_in(found, pending)
             if len(self._likelihoods) == len(pending):
                 break

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
-from crdiff_core.errors import CRDiffError, ModelError, RewardError
-from crdiff_core.models import Model
-from crdiff_core.prompts import PromptSet
-from crdiff_core.ratios import BlockRatios, Resolution
+# torch and all that needs it are imported by the first step: see RatioTrial.
+if TYPE_CHECKING:
+    from crdiff_core.models import Model
+    from crdiff_core.prompts import PromptSet
+    from crdiff_core.ratios import Resolution
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,28 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
     Ray reuses the actor for every trial, so the model is loaded once and a trial changes four
     numbers. What goes wrong is reported as `failure`, never as a reward; `transient` says
     whether another try could help.
+
+    The first step loads the model, so that an actor starts at once. While one starts, Ray takes
+    the trial that it is meant for to any actor that is free by then, and gives up on the new one:
+    with a slower start no second worker would ever begin beside one that is at work.
     """
 
-    def setup(self, config: dict[str, Any], setup: TrialSetup) -> None:
-        """Load the model and the reward."""
+    def setup(self, config: dict[str, Any], setup: bytes) -> None:
+        """Take the pickled TrialSetup."""
+        self._setup = setup
+        self._is_loaded = False
+        self._broken: str | None = None
+
+    def _load(self) -> None:
         import torch
 
+        from crdiff_core.errors import CRDiffError, ModelError, RewardError
         from crdiff_core.replica import Replica, choose_device
         from crdiff_core.rewards import load_reward
 
+        self._is_loaded = True
+        setup: TrialSetup = pickle.loads(self._setup)
         torch.set_num_threads(setup.num_threads)
-        self._broken: str | None = None
         self._prompts = {name: each.prompts for name, each in setup.prompt_sets.items()}
         try:
             if setup.model.revision != setup.revision:
@@ -89,7 +102,11 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         """Prune, draw and score one prompt batch."""
+        if not self._is_loaded:
+            self._load()
+        from crdiff_core.errors import CRDiffError
         from crdiff_core.evaluation import evaluate
+        from crdiff_core.ratios import BlockRatios
 
         if self._broken is not None:
             return {"failure": self._broken, "transient": False, "done": True}
@@ -108,5 +125,5 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         """Free the replica."""
-        if self._broken is None:
+        if self._is_loaded and self._broken is None:
             self._replica.close()

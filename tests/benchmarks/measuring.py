@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,10 @@ def write_json(result: dict[str, Any], output: Path) -> None:
     """Write the results, so that one never finds half of them."""
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = output.with_name(f".{output.name}.{os.getpid()}")
-    draft.write_text(json.dumps(result, indent=2) + "\n")
+    text = json.dumps(result, indent=2)
+    # A list of numbers stays on its line.
+    text = re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda s: f"[{' '.join(s[1].split())}]", text)
+    draft.write_text(text + "\n")
     draft.replace(output)
 
 

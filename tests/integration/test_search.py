@@ -77,7 +77,8 @@ def test_the_exported_file_has_the_references_keys_and_ours(finished):
     }
     provenance = exported["provenance"]
     assert provenance["validation"]["num_prompts"] == 8
-    assert provenance["num_evaluations"] == 4
+    assert (provenance["num_steps"], provenance["num_evaluations"]) == (4, 4)
+    assert provenance["use"]["pictures"] == drawn(finished.printed)
     assert provenance["versions"]["torch"] == torch.__version__
 
 
@@ -89,6 +90,31 @@ def test_the_exported_file_works_in_diffusers_code(finished):
     ).images[0]
 
     assert image.size == (40, 24)
+
+
+@pytest.mark.parametrize("racing", ["off", "on"])
+def test_one_and_two_workers_find_the_same(tmp_path, environment, racing):
+    """Really in parallel: two workers evaluate ahead what one does not."""
+    arguments = ("budget.steps=8", "searcher.space_filling=2", "tracking=none")
+    arguments += ("render.batch_size=8", "render.num_steps=2", f"racing={racing}")
+    arguments += ("prompts.search=16", "racing.stride=8", "racing.alpha=0.4")
+    exported, drawn_by = [], []
+    for num_workers in (1, 2):
+        output = tmp_path / str(num_workers)
+        _, done = search(output, environment, *arguments, f"cluster.num_workers={num_workers}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        folder = output / "shapes_24x40" / f"annealing{'-racing' * (racing == 'on')}-seed0"
+        found = json.loads((folder / "best_ratios.json").read_text())
+        assert found["provenance"].pop("use").keys() == {
+            *("evaluations", "pictures", "gpu_hours", "wall_hours")
+        }
+        exported.append(found)
+        drawn_by.append(drawn(done.stdout))
+        history = pq.read_table(folder / "history.parquet").to_pylist()
+        assert [row["step"] for row in history if row["step"]] == list(range(1, 9))
+
+    assert exported[0] == exported[1]
+    assert drawn_by[0] <= drawn_by[1]
 
 
 def test_export_writes_the_same_file_from_the_ledger(finished):

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.search import Searcher
 
-from search.annealing import Annealing, Chain
+from search.annealing import REFERENCE, Annealing, Chain
 from search.racing import Race
 from search.searchers import AnnealingSearch
 from search.speculation import Outcome, Speculation
 
 SPACE = {"x": (0.0, 1.0), "y": (0.0, 1.0)}
 NUM_PROMPTS = 24
+MIDDLE = [{"x": 0.5, "y": 0.5}]
 
 
 def table(seed, failing=0.0):
@@ -110,7 +111,7 @@ def test_races_take_the_same_steps_however_the_rewards_arrive(
 
 def test_the_steps_are_those_of_the_chain_alone():
     rewards = table(3)
-    search, _ = run(rewards, num_workers=7)
+    search, _ = run(rewards, num_workers=7, seeds=MIDDLE)
     chain = Chain(Annealing(tuple(SPACE.values()), ((0.5, 0.5),), num_steps=39), 5)
     state = chain.start()
     for commit in search.commits:
@@ -139,7 +140,7 @@ def test_a_number_limits_what_is_under_way():
 
 
 def test_auto_suggests_nothing_that_is_hardly_ever_needed():
-    search = AnnealingSearch(SPACE, speculation="auto")
+    search = AnnealingSearch(SPACE, seeds=MIDDLE, **REFERENCE)
     found = [search.suggest(str(i)) for i in range(2000)]
     ids = [str(i) for i, config in enumerate(found) if config is not None]
 
@@ -148,7 +149,7 @@ def test_auto_suggests_nothing_that_is_hardly_ever_needed():
 
 
 def test_the_chains_next_step_is_certain_and_what_follows_is_less_so():
-    search = AnnealingSearch(SPACE)
+    search = AnnealingSearch(SPACE, seeds=MIDDLE, **REFERENCE)
     likelihoods = []
     for number in range(30):
         likelihoods.append(search.next_likelihood)
@@ -161,7 +162,7 @@ def test_the_chains_next_step_is_certain_and_what_follows_is_less_so():
 
 
 def test_an_evaluation_that_the_chain_has_passed_by_is_dead():
-    search = AnnealingSearch(SPACE, max_steps=10)
+    search = AnnealingSearch(SPACE, seeds=MIDDLE, max_steps=10, **REFERENCE)
     points = {str(i): search.suggest(str(i)) for i in range(8)}
     search.on_trial_complete("0", {"reward": 0.0})
     # The first proposal of the chain gains: what assumed that it would not is dead.
@@ -177,11 +178,21 @@ def test_an_evaluation_that_the_chain_has_passed_by_is_dead():
 
 
 def test_seeds_are_evaluated_together():
-    seeds = [{"x": x, "y": 0.5} for x in (0.1, 0.3, 0.5, 0.7)]
-    search = AnnealingSearch(SPACE, seeds=seeds)
+    seeds = [{"x": x, "y": 0.5} for x in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)]
+    search = AnnealingSearch(SPACE, seeds=seeds, lag=2)
 
-    assert [search.suggest(str(i)) for i in range(4)] == seeds
-    assert [search.likelihood(str(i)) for i in range(4)] == [1.0] * 4
+    assert [search.suggest(str(i)) for i in range(7)] == seeds
+    assert [search.likelihood(str(i)) for i in range(7)] == [1.0] * 7
+
+
+@pytest.mark.parametrize("lag", [0, 2, 5])
+def test_with_a_surrogate_it_looks_as_far_ahead_as_the_lag(lag):
+    search = AnnealingSearch(SPACE, seeds=MIDDLE, lag=lag, speculation=1000)
+    search.suggest("seed")
+    search.on_trial_complete("seed", {"reward": 0.0})
+    found = [search.suggest(str(i)) for i in range(100)]
+
+    assert lag < sum(config is not None for config in found) <= 2 ** (lag + 1) - 1
 
 
 def test_chains_share_the_steps_and_the_seeds():
