@@ -492,6 +492,8 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             sizes = {name: len(prompts) for name, prompts in self._prompt_sets.items()}
             reranked = self._rerank_top if self._rerank_top > 1 else 0
             begun = sum(len(evaluation.missing) for evaluation in self._open)
+            # Batches of evaluations that were stopped meanwhile are drawn to their end.
+            begun += sum(len(batch) for e, batch in self._trials.values() if e not in self._open)
             last = reranked * sizes["rerank"] + 2 * sizes["validation"]
             num_coming = num_next + begun + last
         each_s = spent.seconds / spent.num_pictures if spent.num_pictures else 0.0

@@ -128,9 +128,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     ),
     **{
         # A search by the Gaussian process takes 10 to 20 seconds, all of them together hours.
-        name: Configuration(
-            partial(baseline, name=name), most_seeds={8: 10, 64: 10} if name == "gp" else {}
-        )
+        name: Configuration(partial(baseline, name=name), most_seeds={8: 10, 64: 10})
         for name in baselines.BASELINES
     },
 }

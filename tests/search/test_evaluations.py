@@ -389,7 +389,7 @@ def test_evaluations_that_the_chain_passed_by_are_stopped_and_keep_their_rewards
     assert all(e.key not in taken and math.isnan(e.mean) for e in stopped)
     for evaluation in stopped:
         known = [ledger.get(evaluation.key, prompt) for prompt in evaluation.prompts.prompts]
-        assert len(evaluation.rewards) <= sum(entry is not None for entry in known) < 7
+        assert len(evaluation.rewards) <= sum(entry is not None for entry in known)
 
 
 def test_a_stopped_evaluation_can_be_completed_later_from_its_rows(tmp_path):
@@ -483,12 +483,15 @@ LAST = 3 * 8 + 2 * 10  # Pictures of re-ranking and validation.
 @pytest.mark.parametrize("num_workers", [1, 6])
 @pytest.mark.parametrize(
     "budget",
-    [{"pictures": 100}, {"evaluations": 6}, {"gpu_hours": 0.01}, {"wall_hours": 0.02}],
+    [{"pictures": 100}, {"evaluations": 6}, {"gpu_hours": 0.03}, {"wall_hours": 0.03}],
     ids=lambda budget: next(iter(budget)),
 )
 def test_a_budget_ends_the_search_cleanly_and_a_larger_one_extends_it(
     tmp_path, searcher, num_workers, budget
 ):
+    if "wall_hours" in budget:
+        budget = {"wall_hours": budget["wall_hours"] / num_workers}
+
     def run(budget, clock):
         search = make_search(
             tmp_path,
