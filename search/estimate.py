@@ -12,7 +12,7 @@ from crdiff_core.errors import ModelError
 from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import GROUPS, BlockRatios
 from search.batching import MAX_BATCH
-from search.config import ConfigError
+from search.config import AnnealingSettings, ConfigError
 from search.plan import Plan
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ class Estimate:
         source = plan.model.path or plan.model.hub_id or "embedded"
         price = config.cluster.gpu_hour_price
         known = f", {self.num_known} of them known to the ledger" if self.num_known else ""
+        ahead = ""
+        if isinstance(config.searcher, AnnealingSettings) and config.searcher.speculation != "off":
+            ahead = "; several workers evaluate more, ahead of the search, and end it sooner"
         spent = f"{self.hours:.2f} hours" if self.hours >= 1 else f"{self.hours * 60:.1f} minutes"
         lines = [
             f"model      {plan.model.name} ({source}), revision {plan.recipe.revision}, "
@@ -79,8 +82,8 @@ class Estimate:
             f"one trial  {self.num_timed} pictures of {plan.recipe.num_steps} steps in "
             f"{self.trial_s:.2f} s, {self.batch_size} at once, extrapolated from {_FEW_STEPS[0]} "
             f"and {_FEW_STEPS[1]} steps; before the first, {self.load_s:.0f} s to load",
-            f"search     at most {config.budget.steps} evaluations, "
-            f"{self.num_pictures} pictures with re-ranking and validation{known}",
+            f"search     {config.budget.steps} evaluations, {self.num_pictures} pictures with "
+            f"re-ranking and validation{known}{ahead}",
             f"time       about {spent} of drawing by one worker such as this ({self.device})",
             f"disk       about {self.results_gib:.2f} GiB of results, and {self.disk_gib:.1f} GiB "
             f"are free at {config.output}",
@@ -111,6 +114,8 @@ def estimate(plan: Plan) -> Estimate:
         + top * sizes["rerank"]
         + 2 * sizes["validation"]
     )
+    if config.budget.pictures is not None:
+        num_pictures = min(num_pictures, config.budget.pictures)
     batch_size = config.render.batch_size or MAX_BATCH
     prompts = plan.prompt_sets["search"].prompts[:batch_size]
     results_gib, disk_gib = _disk(plan, num_pictures // len(prompts) + 1)

@@ -2,7 +2,10 @@
 
 import pytest
 
-from crdiff_core.ratios import GROUPS
+from crdiff_core.evaluation import Measurement
+from crdiff_core.ratios import GROUPS, BlockRatios
+from search.driver import _begin_folder as begin_folder
+from search.ledger import Ledger
 from search.plan import Plan, choose_prompts
 from tests.conf.test_config import composed
 
@@ -100,3 +103,53 @@ def test_a_plan_writes_nothing_but_an_empty_ledger(tmp_path):
     plan(tmp_path)
 
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ((), "annealing-seed0"),
+        (("searcher=gp", "seed=3"), "gp-seed3"),
+        (("racing=on", "space=uniform"), "annealing-uniform-racing-seed0"),
+        (("space.poa_weight=[1,2]", "searcher.warm_start=true"), "annealing-poa-warm-seed0"),
+    ],
+)
+def test_searches_that_differ_in_more_than_where_they_end_have_folders_of_their_own(
+    tmp_path, overrides, name
+):
+    assert plan(tmp_path, *overrides).folder.name == name
+
+
+@pytest.mark.parametrize(
+    "override", ["budget.steps=70", "budget.pictures=9000", "searcher.speculation=off"]
+)
+def test_where_a_search_ends_and_how_far_it_looks_ahead_do_not_change_its_key(tmp_path, override):
+    assert plan(tmp_path, override).key == plan(tmp_path).key
+
+
+@pytest.mark.parametrize(
+    "override", ["searcher.lag=2", "racing=on", "space.up=[0.1,0.5]", "searcher.chains=2"]
+)
+def test_what_changes_the_course_of_a_search_changes_its_key(tmp_path, override):
+    assert plan(tmp_path, override).key != plan(tmp_path).key
+
+
+def test_a_warm_start_is_what_there_was_when_the_search_began(tmp_path):
+    cold = plan(tmp_path, "searcher=random", "budget.steps=4")
+    prompts = cold.prompt_sets["search"].prompts
+
+    def evaluate(down):
+        ratios = BlockRatios(down, 0.3, 0.3)
+        measured = Measurement((0.5,) * 4, ratios.as_dict(), {"render": 1.0}, 4)
+        Ledger(cold.folder.parent / "ledger").append(cold.recipe, ratios, prompts, measured)
+
+    warm = ("searcher=tpe", "searcher.warm_start=true")
+    evaluate(0.4)
+    first = plan(tmp_path, *warm)
+    first.folder.mkdir(parents=True)
+    begin_folder(first, "command")
+    evaluate(0.5)
+    again = plan(tmp_path, *warm)
+
+    assert [each.ratios.down for each in first.search.warm_start] == [0.4]
+    assert again.search.warm_start == first.search.warm_start
