@@ -119,9 +119,7 @@ SERIAL, SPECULATIVE, RACING = "annealing", "speculative", "racing"
 CONFIGURATIONS: dict[str, Configuration] = {
     SERIAL: Configuration(partial(annealing, speculation="off"), workers=(1,)),
     SPECULATIVE: Configuration(annealing, most_seeds={64: 20}),
-    RACING: Configuration(
-        partial(annealing, race=Race()), batch_size=8, most_seeds={8: 5, 64: 1}
-    ),
+    RACING: Configuration(partial(annealing, race=Race()), batch_size=8, most_seeds={8: 5, 64: 1}),
     "reference": Configuration(
         partial(annealing, speculation="off", num_filling=0, **REFERENCE),
         workers=(1,),
@@ -223,7 +221,7 @@ def all_runs(options: argparse.Namespace) -> list[Run]:
 
 
 def _simulated(runs: Sequence[Run], num_processes: int) -> Iterator[tuple[Run, Course]]:
-    if num_processes == 1:
+    if num_processes <= 1:
         yield from map(Run.__call__, runs)
         return
     processes = multiprocessing.get_context("spawn")
@@ -235,7 +233,7 @@ def simulate_all(runs: Sequence[Run], work: Path, num_processes: int) -> dict[Ru
     """Simulate the runs that the file `work` does not have yet, and add them there."""
     known = {line["key"]: line["course"] for line in read_lines(work)}
     courses = {run: Course(**known[run.key]) for run in runs if run.key in known}
-    todo = [run for run in runs if run not in courses]
+    todo = [run for run in runs if run not in courses] if num_processes else []
     work.parent.mkdir(parents=True, exist_ok=True)
     began = printed = time.monotonic()
     with work.open("a", encoding="utf-8") as file:
@@ -393,8 +391,8 @@ class Figures:
         at = self.pictures[1], self.pictures[-1]
         titles = [f"{landscape}, {n // NUM_PROMPTS}" for landscape in self.landscapes for n in at]
         lines = [
-            "| | " + " | ".join(titles) + " | rounds, 8 workers / 1 |",
-            "|---" * (len(titles) + 2) + "|",
+            "| | " + " | ".join(titles) + " | rounds, 8 workers / 1 | seeds |",
+            "|---" * (len(titles) + 3) + "|",
         ]
         for name in self.configurations:
             cells = [
@@ -405,6 +403,8 @@ class Figures:
             speeds = [self.speed(name, landscape, 8) for landscape in self.landscapes]
             known = [speed for speed in speeds if speed is not None]
             cells.append(f"{np.mean(known):.2f}" if known else "-")
+            counts = [len(self.groups[name, landscape, 1]) for landscape in self.landscapes]
+            cells.append(str(min(counts)))
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
@@ -466,11 +466,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--landscapes", nargs="+", default=LANDSCAPES, choices=LANDSCAPES)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument(
+        "--known", action="store_true", help="simulate nothing: report the runs that --work has"
+    )
     parser.add_argument("--work", type=Path, default=WORK, help="file of runs to go on from")
     parser.add_argument("--output", type=Path, default=RESULTS / "searchers.json")
     options = parser.parse_args(arguments)
     began = time.monotonic()
-    courses = simulate_all(all_runs(options), options.work, options.processes)
+    courses = simulate_all(
+        all_runs(options), options.work, 0 if options.known else options.processes
+    )
     figures = Figures(courses, options.evaluations)
     goals = figures.goals()
     result = {

@@ -157,7 +157,7 @@ from search.config import ClusterSettings
 
 settings = ClusterSettings(
     name="local", address="local", device="cpu", cpus_per_trial=1, gpus_per_trial=1.0,
-    gpu_hour_price=None,
+    num_workers=None, gpu_hour_price=None,
 )
 prepare_environment(settings)
 with connect(settings) as resources:
@@ -197,6 +197,7 @@ def test_nobody_at_the_address_is_one_line():
         device="auto",
         cpus_per_trial=1,
         gpus_per_trial=1.0,
+        num_workers=None,
         gpu_hour_price=None,
     )
     message = f"no Ray cluster at cluster.address={nobody}: .*refused"

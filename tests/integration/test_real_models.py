@@ -85,7 +85,8 @@ def test_the_batch_size_is_recorded_with_the_run(searched):
     record = json.loads((run_folder(name, output) / "run.json").read_text())
 
     assert record["batch_size"] >= 1
-    assert load_plan(run_folder(name, output)).search.batch_size == record["batch_size"]
+    again = load_plan(run_folder(name, output))
+    assert again.search.batching.size(again.config.prompts.search) == record["batch_size"]
 
 
 def test_a_gpu_that_is_not_up_yet_is_said_before_a_cpu_is_kept_busy_for_days(

@@ -202,7 +202,7 @@ def test_rewards_do_not_depend_on_who_draws_them(finished):
         poa_weight=plan.recipe.poa_weight,
     )
     reward = load_reward("shapes")
-    prompts, size = winner.prompts.prompts, plan.search.batch_size
+    prompts, size = winner.prompts.prompts, plan.search.batching.size(8)
     batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     rewards = [
         value
