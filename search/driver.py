@@ -42,6 +42,7 @@ class Outcome:
     num_drawn:    pictures drawn in this run; 0 when the ledger knew them all.
     off_path:     a better evaluation that annealing passed by, or None.
     ended_by:     the limit that ended the search, if it was not its number of steps.
+    is_weight_searched: whether poa_weight was one of the dimensions.
     tracker:      None if tracking is off.
     """
 
@@ -53,6 +54,7 @@ class Outcome:
     num_drawn: int
     off_path: Evaluation | None
     ended_by: str | None
+    is_weight_searched: bool
     tracker: Tracker | None
 
 
@@ -97,6 +99,7 @@ def run(config: Config, command: str, progress: Progress) -> Outcome:
         num_drawn=search.num_drawn,
         off_path=search.best_off_path,
         ended_by=search.ended_by,
+        is_weight_searched=plan.config.space.poa_weight is not None,
         tracker=tracker,
     )
 
@@ -127,6 +130,7 @@ def _record(plan: Plan, command: str) -> None:
         "command": command,
         "batch_size": plan.search.batching.size(plan.config.prompts.search),
         "wall_s": plan.search.wall_s,
+        "ahead": plan.search.ahead,
         "warm_start": [
             [*candidate.ratios.as_dict().values(), candidate.poa_weight]
             for candidate in plan.search.warm_start
@@ -156,6 +160,9 @@ def _fit(plan: Plan, command: str) -> None:
             )
         workers = settings.num_workers or num_workers(resources)
         plan.search.max_trials = plan.search.batching.num_workers = workers
+        if plan.search.ahead is None:
+            plan.search.ahead = workers
+            _record(plan, command)
         start_at_once(workers)
         setup = TrialSetup(
             model=plan.model,

@@ -58,7 +58,7 @@ class Estimate:
     @property
     def hours(self) -> float:
         """Of one worker such as this machine's, for what the ledger does not know."""
-        num_left = self.num_pictures - self.num_known
+        num_left = max(0, self.num_pictures - self.num_known)
         return num_left * self.trial_s / self.num_timed / 3600
 
     def lines(self) -> list[str]:

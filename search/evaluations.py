@@ -143,6 +143,9 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
     rerank_off_path: whether evaluations that annealing passed by are among them. Which there are
                      depends on the number of workers, and so would the winner.
     max_failures:    how often one prompt batch is tried again before its evaluation fails.
+    ahead:           suggestions that others than annealing are asked for before the first one's
+                     result is told, and so on in turn: the same whenever the search is replayed.
+                     None: not decided, so that they are asked for none yet.
     warm_start:      candidates that other searches evaluated, for the searcher to know.
     gpus_per_trial:  by which hours of drawing are GPU hours.
     earlier_wall_s:  seconds that earlier sessions of this search took.
@@ -163,6 +166,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         rerank_top: int = 3,
         rerank_off_path: bool = False,
         max_failures: int = 2,
+        ahead: int | None = 1,
         warm_start: Sequence[Candidate] = (),
         gpus_per_trial: float = 1.0,
         earlier_wall_s: float = 0.0,
@@ -196,7 +200,11 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         self._began_s: float | None = None
         self._latest_s = 0.0
         self._keys: dict[Candidate, str] = {}
+        self.ahead = ahead
         self._open: list[_Open] = []
+        # What others than annealing are still to be told, by the number of the suggestion.
+        self._results: dict[str, Evaluation] = {}
+        self._num_told = 0
         self._trials: dict[str, tuple[_Open, Batch]] = {}
         self._last: dict[str, Evaluation] = {}
         # Of every search evaluation, how many prompts were drawn; sorted.
@@ -460,6 +468,8 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         if self._annealing is None and self._num_suggested >= self._budget.steps:
             self._exhausted = True
             return False
+        if self._annealing is None and not self._tell_in_turn():
+            return False
         searcher_id = f"evaluation{self._num_suggested}"
         suggested = self._searcher.suggest(searcher_id)
         if suggested is None:
@@ -475,6 +485,18 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             return False
         self._num_suggested += 1
         self._begin("search", candidate, "search", searcher_id)
+        return True
+
+    def _tell_in_turn(self) -> bool:
+        """Tell the searcher the results that its next suggestion may depend on, and no others."""
+        if self.ahead is None:
+            return False
+        while self._num_told <= self._num_suggested - self.ahead:
+            result = self._results.pop(f"evaluation{self._num_told}", None)
+            if result is None:
+                return False
+            self._tell_result(f"evaluation{self._num_told}", result)
+            self._num_told += 1
         return True
 
     def _is_over_budget(self, candidate: Candidate) -> bool:
@@ -653,6 +675,12 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         self.on_evaluation(closed)
 
     def _report(self, searcher_id: str, closed: Evaluation) -> None:
+        if self._annealing is None:
+            self._results[searcher_id] = closed
+        else:
+            self._tell_result(searcher_id, closed)
+
+    def _tell_result(self, searcher_id: str, closed: Evaluation) -> None:
         if closed.is_stopped and self._annealing is not None:
             self._annealing.drop(searcher_id)
         elif closed.is_stopped:

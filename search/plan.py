@@ -121,6 +121,7 @@ class Plan:
             rerank_top=config.rerank.top,
             rerank_off_path=config.rerank.off_path,
             max_failures=config.trial.max_failures,
+            ahead=record.get("ahead"),
             warm_start=warm_start,
             gpus_per_trial=config.cluster.gpus_per_trial,
             earlier_wall_s=record.get("wall_s", 0.0),
@@ -181,6 +182,8 @@ def _folder_name(config: Config) -> str:
     parts += ["poa"] if config.space.poa_weight is not None else []
     parts += ["racing"] if config.racing.name == "on" else []
     parts += ["warm"] if config.searcher.warm_start else []
+    chains = getattr(config.searcher, "chains", 1)
+    parts += [f"{chains}chains"] if chains > 1 else []
     return "-".join([*parts, f"seed{config.seed}"])
 
 
@@ -196,6 +199,10 @@ def _record_of(folder: Path, key: str) -> dict[str, Any]:
 def _searcher(config: Config, space: Space, race: Race | None) -> Searcher:
     settings, num_steps = config.searcher, config.budget.steps
     if not isinstance(settings, AnnealingSettings):
+        if settings.name == "grid" and num_steps < 2 ** len(space.bounds):
+            raise ConfigError(
+                f"budget.steps={num_steps}: a grid has {2 ** len(space.bounds)} corners: raise it"
+            )
         return baseline(settings.name, space.bounds, config.seed, num_evaluations=num_steps)
     seeds = list(settings.seeds)
     of_paper = config.model.paper_ratios.get(str(config.res))

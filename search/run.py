@@ -67,7 +67,7 @@ def _summary(outcome: Outcome) -> list[str]:
     lines = [
         "",
         f"against dense   {verdict}",
-        f"best ratios     {winner.ratios}  (down / mid / up){_chosen(outcome)}",
+        f"best ratios     {winner.ratios}  (down / mid / up){_weight(outcome)}{_chosen(outcome)}",
         f"search prompts  {winner.mean:.4f}, dense {dense.mean:.4f}, on {len(winner.prompts)}",
         f"pictures        {drawn}",
         f"ratios file     {outcome.ratios_file}",
@@ -86,6 +86,13 @@ def _summary(outcome: Outcome) -> list[str]:
     elif tracker is not None:
         lines.append(f"dashboard       {tracker.dashboard_command}")
     return lines
+
+
+def _weight(outcome: Outcome) -> str:
+    """Name the weight of POA where the search chose it."""
+    if not outcome.is_weight_searched:
+        return ""
+    return f" with poa_weight {outcome.winner.candidate.poa_weight:.3f}"
 
 
 def _chosen(outcome: Outcome) -> str:

@@ -22,7 +22,7 @@ def run_folder(tmp_path_factory, ray_tmpdir):
     folder = tmp_path_factory.mktemp("notebook")
     settings = [
         *(f"model.path={save_sd(folder / 'model')}", f"output={folder / 'runs'}", "res=24x32"),
-        *("searcher.max_evaluations=4", "rerank.top=2", "render.num_steps=2", "tracking=none"),
+        *("budget.steps=4", "rerank.top=2", "render.num_steps=2", "tracking=none"),
         *("prompts.search=2", "prompts.rerank=2", "prompts.validation=4", "render.batch_size=4"),
     ]
     ended = subprocess.run(

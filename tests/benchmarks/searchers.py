@@ -118,7 +118,7 @@ class Configuration:
 SERIAL, SPECULATIVE, RACING = "annealing", "speculative", "racing"
 CONFIGURATIONS: dict[str, Configuration] = {
     SERIAL: Configuration(partial(annealing, speculation="off"), workers=(1,)),
-    SPECULATIVE: Configuration(annealing, most_seeds={64: 20}),
+    SPECULATIVE: Configuration(annealing, most_seeds={64: 6}),
     RACING: Configuration(partial(annealing, race=Race()), batch_size=8, most_seeds={8: 5, 64: 1}),
     "reference": Configuration(
         partial(annealing, speculation="off", num_filling=0, **REFERENCE),

@@ -79,7 +79,7 @@ def make_search(
         batching=batching or Batching(3),
         race=race,
         budget=Budget(steps, **(budget or {})),
-        **arguments,
+        **{"ahead": 4, **arguments},
     )
 
 

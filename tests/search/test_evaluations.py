@@ -594,3 +594,29 @@ def test_a_warm_start_takes_only_what_fits_the_space(tmp_path):
     ]
 
     assert make_search(tmp_path, warm_start=known).warm_start == []
+
+
+@pytest.mark.parametrize("searcher", ["tpe", "cmaes", "random"])
+@pytest.mark.parametrize("num_workers", [1, 5])
+def test_a_baseline_replays_what_it_did_with_several_workers(tmp_path, searcher, num_workers):
+    first = make_search(tmp_path, searcher, steps=25)
+    work(first, num_workers=5, seed=3)
+    again = make_search(tmp_path, searcher, steps=25)
+    assert again.replay()
+    other = make_search(tmp_path / "other", searcher, steps=25)
+    work(other, num_workers, seed=4)
+
+    assert again.num_drawn == 0
+    for search in (again, other):
+        assert {e.key for e in search.evaluations} == {e.key for e in first.evaluations}
+        assert search.winner.key == first.winner.key
+
+
+def test_until_it_is_decided_how_far_ahead_a_baseline_is_asked_for_nothing(tmp_path):
+    work(make_search(tmp_path, "tpe"))
+    search = make_search(tmp_path, "tpe", ahead=None)
+
+    assert not search.replay()
+    assert [e.kind for e in search.evaluations] == ["dense"]
+    search.ahead = 4
+    assert search.replay()

@@ -31,6 +31,7 @@ def search(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("searcher=grid budget.steps=5", "budget.steps=5: a grid has 8 corners: raise it"),
         ("res.widht=3", "res.widht: there is no such setting"),
         ("modle=shapes", "modle: there is no such setting"),
         ("searcher=random searcher.cooling=.9", "searcher.cooling: there is no such setting"),

@@ -78,7 +78,8 @@ def test_equal_seeds_give_equal_suggestions(name):
 
 @pytest.mark.parametrize("name", [name for name in SEARCHERS if name != "grid"])
 def test_other_seeds_give_other_suggestions(name):
-    assert evaluate(make(name, seed=1), 5) != evaluate(make(name, seed=2), 5)
+    # Annealing begins with eight starting points, the same for all seeds.
+    assert evaluate(make(name, seed=1), SOME) != evaluate(make(name, seed=2), SOME)
 
 
 @every
@@ -138,7 +139,8 @@ def test_an_unusable_result_is_no_more_than_an_error(name, unusable):
 def test_it_goes_on_if_no_result_is_usable(name, unusable):
     found = evaluate(make(name), ENOUGH, lambda _: unusable)
 
-    assert len(found) == ENOUGH
+    # Annealing does not suggest again what it proposes for a second time.
+    assert ENOUGH - 2 * (name == "annealing") <= len(found) <= ENOUGH
     assert all(inside(config) for config in found)
 
 
@@ -315,13 +317,14 @@ def test_a_point_evaluated_before_that_lacks_a_parameter_is_refused(name):
 
 @pytest.mark.parametrize("name", ["annealing", "tpe", "gp"])
 def test_it_learns_from_points_evaluated_before(name):
-    search = make(name)
+    starts = {"seeds": [dict.fromkeys(SPACE, 0.45)]} if name == "annealing" else {}
+    search = make(name, **starts)
     for down, mid, up in itertools.product((0.45, 0.6, 0.75), (0.2, 0.3, 0.6), (0.2, 0.4)):
         config = {"down": down, "mid": mid, "up": up}
         search.add_evaluated_point(config, reward(config))
     found = evaluate(search, 4)
 
-    assert max(map(reward, found)) > max(map(reward, evaluate(make(name), 4)))
+    assert max(map(reward, found)) > max(map(reward, evaluate(make(name, **starts), 4)))
 
 
 @every
