@@ -495,7 +495,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     write_json(result, options.output)
     figures.plot(options.output.with_suffix(".png"))
-    print(f"\nmedian regret of {options.seeds} seeds after so many evaluations' pictures\n")
+    print("\nmedian regret after so many evaluations' pictures\n")
     print(figures.markdown() + "\n")
     return print_goals(goals, options.output)
 
