@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import median
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -19,11 +19,18 @@ from search.surrogate import Array, Surrogate
 _THREADS = ThreadpoolController()
 
 Point = tuple[float, ...]
-Outcome = tuple[Point, float | None]
 Event = Literal["seed", "accept", "reject", "fail"]
 
 DECIMALS = 6
 """Proposals are rounded so that a point survives JSON and Parquet as the same key."""
+
+
+class Observation(NamedTuple):
+    """What came of a point: its reward, None if it failed; error: standard error of the reward."""
+
+    point: Point
+    reward: float | None
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Annealing:
     max_reheats:         after these a lack of progress restarts.
     restart_step_factor: the step size grows by it at a restart from the best point.
     max_restarts:        R_max; the chain ends when it would restart once more; None: never.
-    known:               outcomes of other searches, for the surrogate.
+    known:               observations of other searches, for the surrogate.
     """
 
     bounds: tuple[tuple[float, float], ...]
@@ -72,7 +79,7 @@ class Annealing:
     max_reheats: int = 3
     restart_step_factor: float = 1.0
     max_restarts: int | None = None
-    known: tuple[Outcome, ...] = ()
+    known: tuple[Observation, ...] = ()
 
 
 REFERENCE = {
@@ -89,7 +96,7 @@ REFERENCE = {
 }
 """Where CR-Diff's reference implementation differs from the defaults of Annealing."""
 
-TEMPERATURE_SHARE = 0.1
+TEMPERATURE_SHARE = 0.02
 """T_init as a share of (best - median) of the first rewards, where it is not given."""
 
 NUM_FIRST = 8
@@ -118,7 +125,7 @@ class ChainState:
     num_restarts: int = 0
     event: Event | None = None
     finished: bool = False
-    history: tuple[Outcome, ...] = ()
+    history: tuple[Observation, ...] = ()
     num_known: int | None = None
 
 
@@ -210,10 +217,12 @@ class Chain:
         gain = reward - state.current_reward
         return gain > 0 or gain > self.min_gain(state)
 
-    def advance(self, state: ChainState, point: Point, reward: float | None) -> ChainState:
+    def advance(
+        self, state: ChainState, point: Point, reward: float | None, error: float = 0.0
+    ) -> ChainState:
         """Return the state after `point` gave `reward`; None or not finite: it failed.
 
-        A failed evaluation is rejected, never scored.
+        A failed evaluation is rejected, never scored. error: standard error of the reward.
         """
         if reward is not None and not math.isfinite(reward):
             reward = None
@@ -221,7 +230,8 @@ class Chain:
         event: Event = "accept" if accepted else "reject"
         if reward is None or self.is_seed(state):
             event = "fail" if reward is None else "seed"
-        return replace(self._after(state, point, reward, accepted), event=event)
+        seen = Observation(point, reward, error)
+        return replace(self._after(state, seen, accepted), event=event)
 
     def suppose(self, state: ChainState, point: Point, accepted: bool) -> ChainState:
         """Return the state after `point`, not evaluated yet, if it is accepted or rejected.
@@ -233,13 +243,13 @@ class Chain:
         if accepted:
             reward = math.nextafter(state.current_reward, math.inf) if state.current else 0.0
         known = state.step if state.num_known is None else state.num_known
-        return replace(self._after(state, point, reward, accepted), event=None, num_known=known)
+        supposed = Observation(point, reward)
+        return replace(self._after(state, supposed, accepted), event=None, num_known=known)
 
-    def _after(
-        self, state: ChainState, point: Point, reward: float | None, accepted: bool
-    ) -> ChainState:
+    def _after(self, state: ChainState, last: Observation, accepted: bool) -> ChainState:
         parameters = self.annealing
-        after = replace(state, step=state.step + 1, history=(*state.history, (point, reward)))
+        point, reward, _ = last
+        after = replace(state, step=state.step + 1, history=(*state.history, last))
         if reward is not None and accepted:
             after = replace(after, current=point, current_reward=reward)
         if reward is not None and reward > state.best_reward:
@@ -262,12 +272,12 @@ class Chain:
 
     def _choose(self, state: ChainState, size: float) -> Point:
         seen = self._seen(state)
-        unseen = tuple(point for point, _ in state.history[len(seen) :])
+        unseen = tuple(each.point for each in state.history[len(seen) :])
         assert state.current is not None
         numbers = (self._seed, self._chain, state.step)
         return _chosen(self.annealing, numbers, state.current, size, seen, unseen)
 
-    def _seen(self, state: ChainState) -> tuple[Outcome, ...]:
+    def _seen(self, state: ChainState) -> tuple[Observation, ...]:
         """Return the outcomes whose rewards the next proposal may depend on."""
         return state.history[: max(0, state.step - self.annealing.lag)]
 
@@ -289,7 +299,7 @@ class Chain:
     def _has_news(self, state: ChainState) -> bool:
         """Whether the last outcome to be seen is a new best."""
         seen = self._seen(state)
-        reward = seen[-1][1] if seen else None
+        reward = seen[-1].reward if seen else None
         return reward is not None and reward > max(_rewards(seen[:-1]), default=-math.inf)
 
     def _escape(self, state: ChainState) -> ChainState:
@@ -349,14 +359,14 @@ def space_filling(bounds: Sequence[tuple[float, float]], num_points: int) -> tup
     )
 
 
-def _rewards(outcomes: Sequence[Outcome]) -> list[float]:
-    return [reward for _, reward in outcomes if reward is not None]
+def _rewards(outcomes: Sequence[Observation]) -> list[float]:
+    return [each.reward for each in outcomes if each.reward is not None]
 
 
-def _best(outcomes: Sequence[Outcome]) -> tuple[Point | None, float]:
+def _best(outcomes: Sequence[Observation]) -> tuple[Point | None, float]:
     """The first of the highest rewards and its point; (None, -inf) if all failed."""
     best: tuple[Point | None, float] = (None, -math.inf)
-    for point, reward in outcomes:
+    for point, reward, _ in outcomes:
         if reward is not None and reward > best[1]:
             best = (point, reward)
     return best
@@ -375,7 +385,7 @@ def _chosen(
     numbers: tuple[int, int, int],
     current: Point,
     size: float,
-    seen: tuple[Outcome, ...],
+    seen: tuple[Observation, ...],
     unseen: tuple[Point, ...],
 ) -> Point:
     """Choose among neighbours the one that the surrogate has the highest hopes of.
@@ -394,8 +404,8 @@ def _chosen(
     chosen = candidates[0]
     known = (*annealing.known, *seen)
     if _rewards(known):
-        scored = {point for point, reward in known if reward is not None}
-        pending = [point for point, _ in known if point not in scored]
+        scored = {each.point for each in known if each.reward is not None}
+        pending = [each.point for each in known if each.point not in scored]
         pending += [point for point in unseen if point not in scored]
         with _THREADS.limit(limits=1):
             hopes = _surrogate(known, bounds).upper_bounds(
@@ -406,9 +416,29 @@ def _chosen(
     return tuple(low + float(x) * (high - low) for x, (low, high) in pairs)
 
 
-@lru_cache(maxsize=4)
-def _surrogate(seen: tuple[Outcome, ...], bounds: tuple[tuple[float, float], ...]) -> Surrogate:
+@lru_cache(maxsize=8)
+def _surrogate(
+    seen: tuple[Observation, ...], bounds: tuple[tuple[float, float], ...]
+) -> Surrogate:
     """Fit the surrogate to what is seen; walking ahead asks for the same few again and again."""
-    scored = [(point, reward) for point, reward in seen if reward is not None]
-    points, rewards = zip(*scored, strict=True)
-    return Surrogate.fit(_to_unit(points, bounds).tolist(), rewards)
+    scored = [each for each in seen if each.reward is not None]
+    points, rewards, errors = zip(*scored, strict=True)
+    return Surrogate.fit(_to_unit(points, bounds).tolist(), rewards, errors)
+
+
+def expect_rewards(
+    seen: Mapping[Observation, Sequence[float]],
+    incumbent: Sequence[float],
+    point: Point,
+    bounds: tuple[tuple[float, float], ...],
+) -> tuple[tuple[float, ...], float]:
+    """Return what each prompt's reward will be at a point, going by others, and its variance.
+
+    seen:      what came of other points, and the rewards by prompt behind it.
+    incumbent: rewards by prompt that are expected far from all of them.
+    """
+    with _THREADS.limit(limits=1):
+        gains, variance = _surrogate(tuple(seen), bounds).expect(
+            _to_unit([point], bounds), np.array(list(seen.values())) - np.array(incumbent)
+        )
+    return tuple((gains + np.array(incumbent)).tolist()), variance

@@ -19,7 +19,7 @@ from crdiff_core.ratios import BlockRatios, Group
 from search.batching import Batching
 from search.budget import Budget, Use
 from search.ledger import Ledger, LedgerError, Recipe
-from search.racing import Race, estimate
+from search.racing import Expectation, Race
 from search.searchers import AnnealingSearch
 from search.space import Candidate, Space
 
@@ -441,10 +441,17 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         likelihood = self._annealing.likelihood(evaluation.searcher_id)
         if self._race is None:
             return likelihood
-        # The share of evaluations that were still in the race after as many prompts.
+        # Of the evaluations that came as far, the share that was still in the race after what is
+        # being drawn: a batch is needed for certain if it is the only one.
+        num_known = len(evaluation.prompts) - len(evaluation.missing)
         num_handed_out = len(evaluation.prompts) - len(evaluation.todo)
-        num_further = len(self._drawn) - bisect_right(self._drawn, num_handed_out)
-        return likelihood * (num_further + 1) / (len(self._drawn) + 1)
+        return (
+            likelihood * (self._num_beyond(num_handed_out) + 1) / (self._num_beyond(num_known) + 1)
+        )
+
+    def _num_beyond(self, num_prompts: int) -> int:
+        """Return how many of the search's evaluations so far went beyond so many prompts."""
+        return len(self._drawn) - bisect_right(self._drawn, num_prompts)
 
     def _cut(self, evaluation: _Open) -> Batch:
         num_left = len(evaluation.todo)
@@ -561,8 +568,12 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         self._begin("search", candidate, "search")
         evaluation = self.evaluations[-1]
         self._warm.append(evaluation)
+        races = self._annealing is not None and self._race is not None
         self._searcher.add_evaluated_point(
-            suggestion, evaluation.mean, error=evaluation.failure is not None
+            suggestion,
+            evaluation.mean,
+            error=evaluation.failure is not None,
+            intermediate_values=evaluation.rewards if races else None,
         )
 
     # --- one evaluation ----------------------------------------------------------------------
@@ -628,11 +639,11 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             return
         complete = [e for e in self._of("search") if e.is_complete]
         best = max(complete, key=lambda e: e.mean, default=None)
-        lost_at = None if best is None else race.lost_at(rewards, best.rewards, 0.0)
-        if lost_at is not None:
-            assert best is not None
-            value = estimate(rewards[:lost_at], best.rewards)
-            self._close(evaluation, is_stopped=True, estimate=value)
+        if best is None:
+            return
+        lost = race.lost(rewards, Expectation.of_incumbent(best.rewards), best.mean)
+        if lost is not None:
+            self._close(evaluation, is_stopped=True, estimate=lost.mean)
 
     def _rewards(self, evaluation: _Open) -> list[float]:
         known = (self._ledger.get(evaluation.key, each) for each in evaluation.prompts.prompts)

@@ -14,8 +14,17 @@ from typing import Any
 import numpy as np
 from ray.tune.search import Searcher
 
-from search.annealing import DECIMALS, Annealing, Chain, ChainState, Point, space_filling
-from search.racing import Race, estimate
+from search.annealing import (
+    DECIMALS,
+    Annealing,
+    Chain,
+    ChainState,
+    Observation,
+    Point,
+    expect_rewards,
+    space_filling,
+)
+from search.racing import Expectation, Race
 from search.speculation import Commit, Outcome, Speculation
 
 Bounds = Mapping[str, tuple[float, float]]
@@ -23,6 +32,9 @@ Bounds = Mapping[str, tuple[float, float]]
 # Below this a proposal is not worth a worker that would else be idle.
 _LEAST_LIKELIHOOD = 0.01
 _NUM_SEEDS = 8
+# Standard errors that an estimate counts as off by. What was stopped was stopped for looking bad,
+# so it looks worse than it is; and the surrogate would never propose to look again.
+_DOUBT = 2.0
 
 
 class AnnealingSearch(Searcher):  # type: ignore[misc]
@@ -101,8 +113,10 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
         # What is known of points: how they came out, and rewards by prompt as far as they go.
         self._outcomes: dict[Point, Outcome] = {}
         self._rewards: dict[Point, tuple[float, ...]] = {}
+        # Rewards on all prompts behind an observation, which may be estimates.
+        self._rows: dict[tuple[Point, float], tuple[float, ...]] = {}
         # Of other searches, from before this one began.
-        self._known: tuple[tuple[Point, float | None], ...] = ()
+        self._known: tuple[Observation, ...] = ()
         self._pending: dict[str, Point] = {}
         self._max_concurrent: float = math.inf
         self._has_suggested = False
@@ -128,7 +142,7 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Take the rewards of the first prompts of an evaluation under way, under `rewards`."""
         if trial_id in self._pending and self.race is not None and "rewards" in result:
-            self._take_rewards(self._pending[trial_id], result)
+            self._take_rewards(self._pending[trial_id], result["rewards"])
             self._commit()
 
     def on_trial_complete(
@@ -140,7 +154,7 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
             return
         value = None if error or not result else result.get(self.metric)
         if value is not None and result is not None and "rewards" in result:
-            self._take_rewards(point, result)
+            self._take_rewards(point, result["rewards"])
         self._outcomes[point] = Outcome(self._finite(value))
         self._commit()
 
@@ -161,6 +175,7 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
 
         What failed, was pruned or is not finite is never taken for a reward, and a point outside
         the space is ignored. Once this search has begun, a point is known and starts nothing.
+        intermediate_values: its rewards by prompt, which a race needs.
         Raises ValueError if a parameter of the space is missing.
         """
         point = self._point(parameters)
@@ -169,10 +184,12 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
             return
         reward = None if error else self._finite(value)
         self._outcomes[point] = Outcome(reward)
+        if intermediate_values is not None and reward is not None:
+            self._take_rewards(point, intermediate_values)
         if self._has_suggested:
             self._commit()
         else:
-            self._known = (*self._known, (point, reward))
+            self._known = (*self._known, Observation(point, reward))
             self._begin()
 
     def save(self, checkpoint_path: str) -> None:
@@ -190,13 +207,13 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
         self._outcomes = {tuple(point): Outcome(reward) for point, reward in raw["outcomes"]}
         self._rewards = {tuple(point): tuple(rewards) for point, rewards in raw["rewards"]}
         self._pending = {}
-        self._known = tuple((tuple(point), reward) for point, reward in raw["known"])
+        self._known = tuple(Observation(tuple(point), *rest) for point, *rest in raw["known"])
         self._has_suggested = True
         self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
         # The trees are grown again.
-        grown = ("_chains", "_walk", "_next", "_following", "_likelihoods")
+        grown = ("_chains", "_walk", "_next", "_following", "_likelihoods", "_expectations")
         return {name: value for name, value in self.__dict__.items() if name not in grown}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -237,7 +254,7 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
     def _begin(self) -> None:
         """Set the chains to their start, and take them along what is known."""
         self._seeds = list(self._given)
-        scored = [(reward, point) for point, reward in self._known if reward is not None]
+        scored = [(each.reward, each.point) for each in self._known if each.reward is not None]
         best = max(scored, default=None)
         if best is not None and best[1] not in self._seeds:
             self._seeds.append(best[1])
@@ -266,19 +283,42 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
 
         So a step's outcome does not depend on how many prompts were drawn at once.
         """
-        rewards, incumbent = self._rewards.get(point), self._incumbent(state)
-        if self.race is not None and rewards and incumbent:
-            num_drawn = self.race.lost_at(rewards, incumbent, chain.min_gain(state))
-            if num_drawn is not None:
-                return Outcome(estimate(rewards[:num_drawn], incumbent), stopped=True)
-        return self._outcomes.get(point)
+        rewards, found = self._rewards.get(point), self._outcomes.get(point)
+        if self.race is None or not rewards:
+            return found
+        expectation = self._expectation(state, point)
+        if expectation is not None:
+            needed = state.current_reward + chain.min_gain(state)
+            lost = self.race.lost(rewards, expectation, needed)
+            if lost is not None:
+                self._rows[point, lost.mean] = lost.rewards
+                return Outcome(lost.mean, stopped=True, error=_DOUBT * lost.error)
+        if found is not None and found.reward is not None:
+            self._rows[point, found.reward] = rewards
+        return found
 
-    def _incumbent(self, state: ChainState) -> tuple[float, ...] | None:
-        if state.current is None or state.current not in self._outcomes:
+    def _expectation(self, state: ChainState, point: Point) -> Expectation | None:
+        """Return what a proposal's rewards should be; None: its incumbent's are not known."""
+        if state.current is None:
             return None
-        return self._rewards.get(state.current)
+        incumbent = self._rows.get((state.current, state.current_reward))
+        if incumbent is None:
+            return None
+        key = state.history, point
+        if key not in self._expectations:
+            # In a state that is only supposed, the latest rewards are not known.
+            behind = {
+                each: self._rows[each.point, each.reward]
+                for each in state.history
+                if each.reward is not None and (each.point, each.reward) in self._rows
+            }
+            self._expectations[key] = Expectation(
+                *expect_rewards(behind, incumbent, point, self._bounds)
+            )
+        return self._expectations[key]
 
     def _commit(self) -> None:
+        self._expectations: dict[tuple[tuple[Observation, ...], Point], Expectation] = {}
         for chain in self._chains:
             self.commits.extend(chain.commit())
         self._is_stale = True
@@ -338,8 +378,8 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
 
     # --- values ------------------------------------------------------------------------------
 
-    def _take_rewards(self, point: Point, result: Mapping[str, Any]) -> None:
-        self._rewards[point] = tuple(self._sign * float(each) for each in result["rewards"])
+    def _take_rewards(self, point: Point, rewards: Sequence[float]) -> None:
+        self._rewards[point] = tuple(self._sign * float(each) for each in rewards)
 
     def _finite(self, value: float | None) -> float | None:
         if value is None or not math.isfinite(value):

@@ -25,10 +25,14 @@ _TRUST = 0.9
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a proposal: its reward, None if it failed; stopped: it lost its race."""
+    """What came of a proposal: its reward, None if it failed.
+
+    stopped: it lost its race, and the reward is an estimate; error: its standard error.
+    """
 
     reward: float | None
     stopped: bool = False
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ class Speculation:
     def _after(self, node: Node, outcome: Outcome) -> Node:
         if node.known is None:
             assert node.point is not None
-            state = self._chain.advance(node.state, node.point, outcome.reward)
+            state = self._chain.advance(node.state, node.point, outcome.reward, outcome.error)
             node.known = self._node(state)
         return node.known
 

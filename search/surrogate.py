@@ -37,17 +37,25 @@ class Surrogate:
     deviation: float
 
     @classmethod
-    def fit(cls, points: Sequence[Sequence[float]], rewards: Sequence[float]) -> Surrogate:
+    def fit(
+        cls,
+        points: Sequence[Sequence[float]],
+        rewards: Sequence[float],
+        errors: Sequence[float] | None = None,
+    ) -> Surrogate:
         """Choose the length and noise of the greatest likelihood.
 
-        points: (n, dimensions) in the unit cube, n >= 1; rewards: (n,), finite.
+        points: (n, dimensions) in the unit cube, n >= 1; rewards: (n,), finite; errors: (n,),
+        their standard errors, by default none.
         """
         places, values = np.array(points), np.array(rewards)
         values = values - np.median(values)
-        values = np.maximum(values / (values.max() or 1.0), LOWEST)
+        unit = values.max() or 1.0
+        values = np.maximum(values / unit, LOWEST)
+        variances = np.zeros(len(values)) if errors is None else (np.array(errors) / unit) ** 2
         distances = _distances(places, places)
         choices = [
-            cls._of(places, values, distances, length, noise)
+            cls._of(places, values, variances, distances, length, noise)
             for noise in NOISES
             for length in LENGTHS
         ]
@@ -55,9 +63,15 @@ class Surrogate:
 
     @classmethod
     def _of(
-        cls, points: Array, values: Array, distances: Array, length: float, noise: float
+        cls,
+        points: Array,
+        values: Array,
+        variances: Array,
+        distances: Array,
+        length: float,
+        noise: float,
     ) -> Surrogate:
-        correlations = _matern(distances / length) + noise * np.eye(len(points))
+        correlations = _matern(distances / length) + np.diag(noise + variances)
         factor: Array = np.linalg.cholesky(correlations).astype(np.float64)
         both = np.stack([np.ones(len(points)), values], axis=1)
         ones, whitened = solve_triangular(factor, both, lower=True, check_finite=False).T
@@ -92,6 +106,19 @@ class Surrogate:
         deviations = self.deviation * np.sqrt(np.maximum(variances, 0.0))
         bounds: Array = means + exploration * deviations
         return bounds
+
+    def expect(self, candidate: Array, table: Array) -> tuple[Array, float]:
+        """Predict many things at once at a candidate, which are 0 where nothing is known.
+
+        candidate: (1, dimensions); table: (n, m), what each of m things was at each point.
+        Returns (m,), and how far off each may be, squared.
+        Source: Rasmussen and Williams (2006), equations 2.25 and 2.26.
+        """
+        shared = self._whiten(candidate)[:, 0]
+        whitened = solve_triangular(self.factor, table, lower=True, check_finite=False)
+        unknown = max(0.0, 1.0 - float(shared @ shared)) + self.noise
+        expected: Array = shared @ whitened
+        return expected, unknown * float((whitened * whitened).mean())
 
     def _whiten(self, places: Array) -> Array:
         correlations = _matern(_distances(self.points, places) / self.length)

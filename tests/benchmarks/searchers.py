@@ -94,12 +94,14 @@ class Configuration:
     make:       (bounds, seed, num_evaluations) -> Searcher.
     batch_size: prompts of one trial; None: a trial is a whole evaluation.
     workers:    how many it is simulated with.
+    stretch:    times as many steps, ended when the pictures of the usual number are rendered.
     most_seeds: with so many workers at most so many seeds.
     """
 
     make: Callable[[Bounds, int, int], Searcher]
     batch_size: int | None = None
     workers: tuple[int, ...] = WORKERS
+    stretch: int = 1
     most_seeds: Mapping[int, int] = field(default_factory=dict)
 
     @property
@@ -112,14 +114,15 @@ class Configuration:
 
     def __str__(self) -> str:
         parameters = self.make.keywords if isinstance(self.make, partial) else {}
-        return f"{self._factory.__name__} {parameters} {self.batch_size}"
+        stretch = f" x {self.stretch}" if self.stretch > 1 else ""
+        return f"{self._factory.__name__} {parameters} {self.batch_size}{stretch}"
 
 
 SERIAL, SPECULATIVE, RACING = "annealing", "speculative", "racing"
 CONFIGURATIONS: dict[str, Configuration] = {
     SERIAL: Configuration(partial(annealing, speculation="off"), workers=(1,)),
     SPECULATIVE: Configuration(annealing, most_seeds={64: 6}),
-    RACING: Configuration(partial(annealing, race=Race()), batch_size=8, most_seeds={8: 5, 64: 1}),
+    RACING: Configuration(partial(annealing, race=Race()), batch_size=8, workers=(1,), stretch=3),
     "reference": Configuration(
         partial(annealing, speculation="off", num_filling=0, **REFERENCE),
         workers=(1,),
@@ -149,13 +152,15 @@ class Run:
         """Simulate it."""
         configuration = CONFIGURATIONS[self.configuration]
         rewards = _rewards(self.landscape, self.seed)
-        searcher = configuration.make(rewards.bounds, self.seed, self.num_evaluations)
+        num_steps = configuration.stretch * self.num_evaluations
+        searcher = configuration.make(rewards.bounds, self.seed, num_steps)
         work = (
             WholeEvaluations(searcher, rewards)
             if configuration.batch_size is None
             else PromptBatches(searcher, rewards, configuration.batch_size)
         )
-        return self, simulate(work, rewards, self.num_workers, self.seed)
+        most = NUM_PROMPTS * self.num_evaluations if configuration.stretch > 1 else math.inf
+        return self, simulate(work, rewards, self.num_workers, self.seed, most)
 
     @property
     def key(self) -> str:
@@ -199,6 +204,7 @@ _OURS = tuple(
         "searchers",
         "space",
         "speculation",
+        "surrogate",
     )
 )
 
@@ -322,13 +328,13 @@ class Figures:
         return float(quartiles(regrets(courses, "pictures", np.array([pictures])))[1, 0])
 
     def renders_to(self, name: str, landscape: str, regret: float) -> int:
-        """Return the pictures after which the median regret is no more than this.
+        """Return the pictures after which the median regret is this, or not worth more.
 
         Twice those of the whole search, if it never is.
         """
         at = np.arange(0, self.num_pictures * 2 + 1, 8)
         medians = quartiles(regrets(self.groups[name, landscape, 1], "pictures", at))[1]
-        reached = np.flatnonzero(medians <= max(regret, NO_REGRET))
+        reached = np.flatnonzero(medians <= regret + NO_REGRET)
         return int(at[reached[0] if reached.size else -1])
 
     def speed(self, name: str, landscape: str, num_workers: int) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -224,7 +225,11 @@ def _prompt_sets(num_prompts: int) -> dict[str, PromptSet]:
 
 
 def simulate(
-    work: WholeEvaluations | PromptBatches, rewards: Rewards, num_workers: int, seed: int
+    work: WholeEvaluations | PromptBatches,
+    rewards: Rewards,
+    num_workers: int,
+    seed: int,
+    max_pictures: float = math.inf,
 ) -> Course:
     """Run a search to its end on workers that each take a random time for a trial.
 
@@ -237,6 +242,7 @@ def simulate(
     running: list[tuple[float, int, Trial]] = []
     now, finished, best = 0.0, False, -np.inf
     while True:
+        finished = finished or course.num_pictures >= max_pictures
         while not finished and len(running) < num_workers:
             trial = work.suggest()
             if trial is None:

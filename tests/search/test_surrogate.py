@@ -80,3 +80,26 @@ def test_a_cliff_does_not_hide_the_hill():
 
     assert math.isfinite(means.max())
     assert hill(places[means.argmax()][None])[0] > 0.8
+
+
+def test_a_reward_that_is_only_estimated_counts_less():
+    points = [[0.2, 0.2], [0.5, 0.5], [0.8, 0.8], [0.5, 0.2]]
+    rewards = [0.0, -2.0, 0.4, 1.0]
+    there = np.array([[0.5, 0.5]])
+    sure, unsure = (
+        Surrogate.fit(points, rewards, errors).upper_bounds(there, NOWHERE[:, :2], 0.0)[0]
+        for errors in ([0.0] * 4, [0.0, 2.0, 0.0, 0.0])
+    )
+
+    assert sure < unsure
+
+
+def test_it_expects_of_each_prompt_what_its_neighbours_gave():
+    each = np.array([0.5, 1.0, -2.0])
+    table = hill(POINTS)[:, None] * each
+    expected, variance = fitted().expect(np.array([[0.4, 0.45, 0.4]]), table)
+    elsewhere, far = fitted().expect(np.array([[9.0, 9.0, 9.0]]), table)
+
+    assert np.allclose(expected, each * hill(np.array([0.4, 0.45, 0.4])), rtol=0.1)
+    assert np.allclose(elsewhere, 0.0, atol=1e-6)
+    assert 0 < variance < far
