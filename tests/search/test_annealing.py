@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.annealing import REFERENCE, Annealing, Chain, draws, space_filling
+from search.annealing import REFERENCE, Annealing, Chain, Observation, draws, space_filling
 
 BOUNDS = ((0.1, 0.8),) * 3
 SEEDS = ((0.3, 0.3, 0.3), (0.6, 0.2, 0.4))
@@ -258,7 +258,7 @@ def test_the_temperature_is_a_share_of_what_the_starting_points_span():
         state = chain.advance(state, chain.propose(state), reward)
 
     drawn = draws(0, 0, 3, 3).acceptance
-    assert chain.min_gain(state) == pytest.approx(0.1 * (5.0 - 2.0) * math.log(drawn))
+    assert chain.min_gain(state) == pytest.approx(0.02 * (5.0 - 2.0) * math.log(drawn))
 
 
 def test_it_reheats_only_once_it_is_above_its_starting_points():
@@ -289,7 +289,7 @@ def test_space_filling_points_lie_in_the_box_and_apart():
 
 
 def test_results_of_other_searches_inform_the_surrogate():
-    known = tuple((point, surface(point)) for point in space_filling(BOUNDS, 40))
+    known = tuple(Observation(point, surface(point)) for point in space_filling(BOUNDS, 40))
     cold = Annealing(BOUNDS, SEEDS, num_steps=3, lag=0)
     warm = replace(cold, known=known)
     found = [
