@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from statistics import median
 from typing import Literal, NamedTuple
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
-from search.surrogate import Array, Surrogate
+from search.surrogate import Observation, Point, most_promising, to_unit
 
-# Of the linear algebra, whose matrices are too small to gain from them: where the cores are taken,
-# waiting for one another makes threads ten times slower.
-_THREADS = ThreadpoolController()
-
-Point = tuple[float, ...]
 Event = Literal["seed", "accept", "reject", "fail"]
 
 DECIMALS = 6
 """Proposals are rounded so that a point survives JSON and Parquet as the same key."""
-
-
-class Observation(NamedTuple):
-    """What came of a point: its reward, None if it failed; error: standard error of the reward."""
-
-    point: Point
-    reward: float | None
-    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,8 +89,7 @@ NUM_FIRST = 8
 """How many rewards those are, or as many as there are seeds."""
 
 
-@dataclass(frozen=True)
-class ChainState:
+class ChainState(NamedTuple):
     """Where the chain is after `step` outcomes, seeds included.
 
     current and best hold no point until an evaluation has succeeded; rewards are -inf then.
@@ -177,7 +162,7 @@ class Chain:
             return self._clip(parameters.seeds[state.step])
         if state.current is None:  # Every seed failed: there is nothing to move from yet.
             centre = self._clip(tuple((low + high) / 2 for low, high in parameters.bounds))
-            state = replace(state, current=centre)
+            state = state._replace(current=centre)
         assert state.current is not None
         size = state.step_factor * max(
             parameters.min_step_size,
@@ -217,21 +202,16 @@ class Chain:
         gain = reward - state.current_reward
         return gain > 0 or gain > self.min_gain(state)
 
-    def advance(
-        self, state: ChainState, point: Point, reward: float | None, error: float = 0.0
-    ) -> ChainState:
-        """Return the state after `point` gave `reward`; None or not finite: it failed.
+    def advance(self, state: ChainState, seen: Observation) -> ChainState:
+        """Return the state after an observation of what was proposed.
 
-        A failed evaluation is rejected, never scored. error: standard error of the reward.
+        A failed evaluation is rejected, never scored.
         """
-        if reward is not None and not math.isfinite(reward):
-            reward = None
-        accepted = reward is not None and self.accepts(state, reward)
+        accepted = seen.reward is not None and self.accepts(state, seen.reward)
         event: Event = "accept" if accepted else "reject"
-        if reward is None or self.is_seed(state):
-            event = "fail" if reward is None else "seed"
-        seen = Observation(point, reward, error)
-        return replace(self._after(state, seen, accepted), event=event)
+        if seen.reward is None or self.is_seed(state):
+            event = "fail" if seen.reward is None else "seed"
+        return self._after(state, seen, accepted, event)
 
     def suppose(self, state: ChainState, point: Point, accepted: bool) -> ChainState:
         """Return the state after `point`, not evaluated yet, if it is accepted or rejected.
@@ -242,22 +222,32 @@ class Chain:
         reward = None
         if accepted:
             reward = math.nextafter(state.current_reward, math.inf) if state.current else 0.0
-        known = state.step if state.num_known is None else state.num_known
-        supposed = Observation(point, reward)
-        return replace(self._after(state, supposed, accepted), event=None, num_known=known)
+        if state.num_known is None:
+            state = state._replace(num_known=state.step)
+        return self._after(state, Observation(point, reward), accepted, None)
 
-    def _after(self, state: ChainState, last: Observation, accepted: bool) -> ChainState:
+    def _after(
+        self, state: ChainState, last: Observation, accepted: bool, event: Event | None
+    ) -> ChainState:
         parameters = self.annealing
-        point, reward, _ = last
-        after = replace(state, step=state.step + 1, history=(*state.history, last))
-        if reward is not None and accepted:
-            after = replace(after, current=point, current_reward=reward)
-        if reward is not None and reward > state.best_reward:
-            after = replace(after, best=point, best_reward=reward)
+        current, best = (state.current, state.current_reward), (state.best, state.best_reward)
+        if last.reward is not None and accepted:
+            current = last.point, last.reward
+        if last.reward is not None and last.reward > state.best_reward:
+            best = last.point, last.reward
+        after = state._replace(
+            step=state.step + 1,
+            history=(*state.history, last),
+            current=current[0],
+            current_reward=current[1],
+            best=best[0],
+            best_reward=best[1],
+            event=event,
+        )
         if not self.is_seed(state):
             after = self._cool(after)
         if after.step >= len(parameters.seeds) + parameters.num_steps:
-            after = replace(after, finished=True)
+            after = after._replace(finished=True)
         return after
 
     def _unit(self, state: ChainState) -> float:
@@ -285,15 +275,14 @@ class Chain:
 
     def _cool(self, state: ChainState) -> ChainState:
         parameters = self.annealing
-        state = replace(
-            state,
+        state = state._replace(
             temperature=parameters.cooling * state.temperature,
             steps_since_best=0 if self._has_news(state) else state.steps_since_best + 1,
         )
         if state.temperature < parameters.min_temperature:
             state = self._restart(state)
         if parameters.patience is not None and state.steps_since_best >= parameters.patience:
-            state = self._escape(replace(state, steps_since_best=0))
+            state = self._escape(state._replace(steps_since_best=0))
         return state
 
     def _has_news(self, state: ChainState) -> bool:
@@ -311,14 +300,12 @@ class Chain:
             bar = max(_rewards(seen[: len(parameters.seeds)]), default=math.inf)
         worth_refining = best_reward > bar
         if worth_refining and state.num_reheats < parameters.max_reheats:
-            return replace(
-                state,
+            return state._replace(
                 temperature=state.temperature * parameters.reheat_factor,
                 num_reheats=state.num_reheats + 1,
             )
         return self._restart(
-            replace(
-                state,
+            state._replace(
                 current=best,
                 current_reward=best_reward,
                 step_factor=parameters.restart_step_factor,
@@ -327,8 +314,7 @@ class Chain:
 
     def _restart(self, state: ChainState) -> ChainState:
         most = self.annealing.max_restarts
-        return replace(
-            state,
+        return state._replace(
             temperature=self._initial_temperature,
             num_restarts=state.num_restarts + 1,
             finished=most is not None and state.num_restarts + 1 > most,
@@ -359,23 +345,17 @@ def space_filling(bounds: Sequence[tuple[float, float]], num_points: int) -> tup
     )
 
 
-def _rewards(outcomes: Sequence[Observation]) -> list[float]:
-    return [each.reward for each in outcomes if each.reward is not None]
+def _rewards(seen: Sequence[Observation]) -> list[float]:
+    return [each.reward for each in seen if each.reward is not None]
 
 
-def _best(outcomes: Sequence[Observation]) -> tuple[Point | None, float]:
+def _best(seen: Sequence[Observation]) -> tuple[Point | None, float]:
     """The first of the highest rewards and its point; (None, -inf) if all failed."""
     best: tuple[Point | None, float] = (None, -math.inf)
-    for point, reward, _ in outcomes:
-        if reward is not None and reward > best[1]:
-            best = (point, reward)
+    for each in seen:
+        if each.reward is not None and each.reward > best[1]:
+            best = (each.point, each.reward)
     return best
-
-
-def _to_unit(points: Sequence[Point], bounds: Sequence[tuple[float, float]]) -> Array:
-    low, high = np.array(bounds).T
-    unit: Array = (np.reshape(points, (-1, len(bounds))) - low) / (high - low)
-    return unit
 
 
 # Walking ahead comes by the same states again and again.
@@ -392,53 +372,14 @@ def _chosen(
 
     numbers: seed, chain and step, by which the neighbours are drawn.
     size:    scale of their Cauchy steps, in widths of the box.
-    seen:    outcomes that the surrogate may know; unseen: points whose outcomes it may not.
+    seen:    observations that the surrogate may know; unseen: points whose outcomes it may not.
     """
     *key, step = numbers
-    bounds = annealing.bounds
-    bits = np.random.Philox(key=key, counter=[0, 0, 1, step])
-    generator = np.random.Generator(bits)
-    shape = (annealing.candidates, len(bounds))
+    generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 1, step]))
+    shape = (annealing.candidates, len(current))
     moves = generator.normal(size=shape) / np.abs(generator.normal(size=(shape[0], 1)))
-    candidates = np.clip(_to_unit([current], bounds) + size * moves, 0.0, 1.0)
-    chosen = candidates[0]
+    neighbours = np.clip(to_unit([current], annealing.bounds) + size * moves, 0.0, 1.0)
     known = (*annealing.known, *seen)
-    if _rewards(known):
-        scored = {each.point for each in known if each.reward is not None}
-        pending = [each.point for each in known if each.point not in scored]
-        pending += [point for point in unseen if point not in scored]
-        with _THREADS.limit(limits=1):
-            hopes = _surrogate(known, bounds).upper_bounds(
-                candidates, _to_unit(pending, bounds), annealing.exploration
-            )
-        chosen = candidates[int(np.argmax(hopes))]
-    pairs = zip(chosen, bounds, strict=True)
+    chosen = most_promising(neighbours, known, unseen, annealing.bounds, annealing.exploration)
+    pairs = zip(chosen, annealing.bounds, strict=True)
     return tuple(low + float(x) * (high - low) for x, (low, high) in pairs)
-
-
-@lru_cache(maxsize=8)
-def _surrogate(
-    seen: tuple[Observation, ...], bounds: tuple[tuple[float, float], ...]
-) -> Surrogate:
-    """Fit the surrogate to what is seen; walking ahead asks for the same few again and again."""
-    scored = [each for each in seen if each.reward is not None]
-    points, rewards, errors = zip(*scored, strict=True)
-    return Surrogate.fit(_to_unit(points, bounds).tolist(), rewards, errors)
-
-
-def expect_rewards(
-    seen: Mapping[Observation, Sequence[float]],
-    incumbent: Sequence[float],
-    point: Point,
-    bounds: tuple[tuple[float, float], ...],
-) -> tuple[tuple[float, ...], float]:
-    """Return what each prompt's reward will be at a point, going by others, and its variance.
-
-    seen:      what came of other points, and the rewards by prompt behind it.
-    incumbent: rewards by prompt that are expected far from all of them.
-    """
-    with _THREADS.limit(limits=1):
-        gains, variance = _surrogate(tuple(seen), bounds).expect(
-            _to_unit([point], bounds), np.array(list(seen.values())) - np.array(incumbent)
-        )
-    return tuple((gains + np.array(incumbent)).tolist()), variance

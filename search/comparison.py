@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from scipy.special import stdtrit
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,10 @@ class Comparison:
 
 def compare(rewards: Sequence[float], baseline: Sequence[float]) -> Comparison:
     """Compare two evaluations, prompt by prompt; at least two prompts."""
-    from scipy import stats
-
     differences = [a - b for a, b in zip(rewards, baseline, strict=True)]
     mean = statistics.fmean(differences)
     if len(set(differences)) == 1:  # No spread: the interval is a point.
         return Comparison(mean, mean, mean, len(differences))
-    interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-    return Comparison(mean, float(interval.low), float(interval.high), len(differences))
+    count = len(differences)
+    half = float(stdtrit(count - 1, 0.975)) * statistics.stdev(differences) / math.sqrt(count)
+    return Comparison(mean, mean - half, mean + half, count)

@@ -20,6 +20,11 @@ from crdiff_core.errors import CRDiffError
 from crdiff_core.models import Model
 from crdiff_core.ratios import Resolution
 
+NO_SUCH_SETTING = (
+    "there is no such setting (python -m search.run --help lists them; each searcher, model and "
+    "reward has its own)"
+)
+
 
 class ConfigError(CRDiffError, ValueError):
     """A setting is unknown, out of range, or does not fit the others."""
@@ -157,6 +162,8 @@ class AnnealingSettings(Settings):
     @field_validator("initial_temperature", "reheat_above", mode="before")
     @classmethod
     def _chosen_by_the_chain(cls, value: object) -> object:
+        if isinstance(value, str) and value != "auto":
+            raise ValueError(f"got {value!r}: give auto or a number")
         return None if value == "auto" else value
 
 
@@ -306,7 +313,7 @@ class Config(Settings):
             # The name that tells searchers and rewards apart comes as a part of no path.
             path = [str(part) for part in first["loc"] if part not in _DISCRIMINATORS]
             if first["type"] == "extra_forbidden":
-                reason = "there is no such setting (python -m search.run --help lists them)"
+                reason = NO_SUCH_SETTING
             elif first["type"] == "value_error":  # Our own check: it says what it found.
                 reason = first["msg"].removeprefix("Value error, ")
             else:

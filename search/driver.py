@@ -17,7 +17,8 @@ from crdiff_core.ratios import GROUPS
 from search.cluster import connect, num_workers, start_at_once
 from search.comparison import Comparison
 from search.config import Config, ConfigError
-from search.evaluations import Evaluation, Step
+from search.evaluation_search import Step
+from search.evaluations import Evaluation
 from search.export import HISTORY_FILE, RATIOS_FILE, validated, write_history, write_ratios
 from search.plan import EARLIER, RUN_FILE, Plan, reward_options
 from search.progress import Progress
@@ -39,6 +40,8 @@ class Outcome:
     winner:       its evaluation on the search prompts; dense: the dense model's.
     comparison:   of the two on the validation prompts; None if that evaluation failed.
     num_reranked: how many of the best were compared on fresh prompts; the winner won there.
+    num_steps:    taken; num_lost: of them those that lost their race.
+    num_warm:     evaluations of other searches that this one began with.
     num_drawn:    pictures drawn in this run; 0 when the ledger knew them all.
     off_path:     a better evaluation that annealing passed by, or None.
     ended_by:     the limit that ended the search, if it was not its number of steps.
@@ -51,6 +54,9 @@ class Outcome:
     dense: Evaluation
     comparison: Comparison | None
     num_reranked: int
+    num_steps: int
+    num_lost: int
+    num_warm: int
     num_drawn: int
     off_path: Evaluation | None
     ended_by: str | None
@@ -96,6 +102,9 @@ def run(config: Config, command: str, progress: Progress) -> Outcome:
         dense,
         validated(plan),
         num_reranked=sum(evaluation.kind == "rerank" for evaluation in search.evaluations),
+        num_steps=len(search.steps),
+        num_lost=sum(step.lost_race for step in search.steps),
+        num_warm=len(search.warm_start),
         num_drawn=search.num_drawn,
         off_path=search.best_off_path,
         ended_by=search.ended_by,

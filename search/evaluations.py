@@ -1,27 +1,19 @@
-"""EvaluationSearch: a searcher's candidates, split into prompt batches, known to the ledger."""
+"""Evaluations: candidates on prompt sets, drawn batch by batch, as far as the ledger has them."""
 
 from __future__ import annotations
 
 import math
 import statistics
-import time
-from bisect import bisect_right, insort
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-from ray.tune.search import Searcher
 
 from crdiff_core.prompts import PromptSet
 from crdiff_core.ratios import BlockRatios, Group
 from search.batching import Batching
-from search.budget import Budget, Use
-from search.ledger import Ledger, LedgerError, Recipe
-from search.racing import Expectation, Race
-from search.searchers import AnnealingSearch
-from search.space import Candidate, Space
+from search.ledger import Ledger, Recipe
+from search.space import Candidate
 
 if TYPE_CHECKING:
     from crdiff_core.evaluation import Measurement
@@ -29,11 +21,6 @@ if TYPE_CHECKING:
 # The numbers of the prompts that one trial draws.
 Batch = tuple[int, ...]
 Kind = Literal["dense", "search", "rerank", "validation", "dense validation"]
-
-METRIC = "reward"
-# Failed evaluations after which a search that has seen no success gives up.
-_HOPELESS = 3
-_RETRY = ": mend that and run again with trial.retry_failed=true"
 
 
 @dataclass(frozen=True)
@@ -86,35 +73,21 @@ class Evaluation:
         return statistics.stdev(self.rewards) / math.sqrt(len(self.rewards))
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step of the search: the same for any number of workers.
-
-    chain, number: of the annealing chain, from 0, and the step in it, from 1.
-    reward:        that the searcher took; an estimate if the race was lost; None if it failed.
-    lost_race:     so that it cannot be the best, even where all its prompts were drawn.
-    event:         seed, accept, reject or fail; temperature: after it. Annealing's only.
-    """
-
-    chain: int
-    number: int
-    evaluation: Evaluation
-    reward: float | None
-    lost_race: bool
-    event: str | None = None
-    temperature: float | None = None
-
-
 @dataclass(eq=False)
-class _Open:
-    """An evaluation under way."""
+class OpenEvaluation:
+    """An evaluation under way.
+
+    searcher_id:  by which the searcher knows it; None: it does not.
+    missing:      numbers of its prompts without a reward yet.
+    todo:         of those the ones that no trial draws yet.
+    num_failures: how often each prompt's batch failed.
+    """
 
     kind: Kind
     candidate: Candidate
     key: str
     prompts: PromptSet
     searcher_id: str | None = None
-    # Numbers of prompts: without a reward yet, and of those the ones that no trial draws yet.
     missing: set[int] = field(default_factory=set)
     todo: deque[int] = field(default_factory=deque)
     num_failures: Counter[int] = field(default_factory=Counter)
@@ -127,139 +100,80 @@ class _Open:
         return min(self.missing, default=len(self.prompts))
 
 
-class EvaluationSearch(Searcher):  # type: ignore[misc]
-    """Evaluates what a searcher suggests, one trial for each prompt batch.
+class Evaluations:
+    """The evaluations of one search. What the ledger knows of them is not drawn again.
 
-    The dense baseline, the search, the re-ranking of the best few on fresh prompts and the
-    validation of the winner are evaluations of one Tuner run, on the same loaded replicas. What
-    the ledger knows is not drawn again, so running a search again replays it. The wrapped
-    searcher sees only its own dimensions and rewards.
-
-    Batches are handed out in the order of how likely they are to be needed: those of the step
-    that annealing takes next, then those of steps that it may take after it. An evaluation that
-    has lost its race, or that the chain has passed by, gets no more of them.
-
-    rerank_top:      how many of the best are compared again on fresh prompts.
-    rerank_off_path: whether evaluations that annealing passed by are among them. Which there are
-                     depends on the number of workers, and so would the winner.
-    max_failures:    how often one prompt batch is tried again before its evaluation fails.
-    ahead:           suggestions that others than annealing are asked for before the first one's
-                     result is told, and so on in turn: the same whenever the search is replayed.
-                     None: not decided, so that they are asked for none yet.
-    warm_start:      candidates that other searches evaluated, for the searcher to know.
-    gpus_per_trial:  by which hours of drawing are GPU hours.
-    earlier_wall_s:  seconds that earlier sessions of this search took.
-    clock:           of seconds.
+    max_failures: how often one prompt batch is tried again before its evaluation fails.
     """
 
     def __init__(
         self,
-        searcher: Searcher,
-        *,
-        space: Space,
-        prompt_sets: Mapping[str, PromptSet],
-        recipe: Recipe,
         ledger: Ledger,
-        budget: Budget,
-        batching: Batching | None = None,
-        race: Race | None = None,
-        rerank_top: int = 3,
-        rerank_off_path: bool = False,
-        max_failures: int = 2,
-        ahead: int | None = 1,
-        warm_start: Sequence[Candidate] = (),
-        gpus_per_trial: float = 1.0,
-        earlier_wall_s: float = 0.0,
-        clock: Callable[[], float] = time.monotonic,
+        recipe: Recipe,
+        prompt_sets: Mapping[str, PromptSet],
+        batching: Batching,
+        max_failures: int,
     ) -> None:
-        super().__init__()
-        self.evaluations: list[Evaluation] = []
-        self.failure: str | None = None
-        self.ended_by: str | None = None
-        """The limit that ended the search, if it was not the number of steps."""
-        self.winner: Evaluation | None = None
-        self.batching = batching or Batching()
-        self.max_trials: float = math.inf
-        """How many trials may run at once."""
-        self.on_evaluation: Callable[[Evaluation], None] = lambda _: None
-        self._searcher = searcher
-        self._annealing = searcher if isinstance(searcher, AnnealingSearch) else None
-        self._space = space
-        self._prompt_sets = prompt_sets
-        self._recipe = recipe
+        self.done: list[Evaluation] = []
+        """What is complete, failed or stopped, in that order."""
+        self.last: dict[str, Evaluation] = {}
+        """Of those the search's, the last of each candidate by its key."""
+        self.open: list[OpenEvaluation] = []
         self._ledger = ledger
-        self._budget = budget
-        self._race = race
-        self._rerank_top = rerank_top
-        self._rerank_off_path = rerank_off_path
+        self._recipe = recipe
+        self._prompt_sets = prompt_sets
+        self._batching = batching
         self._max_failures = max_failures
-        self._gpus_per_trial = gpus_per_trial
-        self._earlier_wall_s = earlier_wall_s
-        self._clock = clock
-        self._num_drawn_before = ledger.spent.num_pictures
-        self._began_s: float | None = None
-        self._latest_s = 0.0
         self._keys: dict[Candidate, str] = {}
-        self.ahead = ahead
-        self._open: list[_Open] = []
-        # What others than annealing are still to be told, by the number of the suggestion.
-        self._results: dict[str, Evaluation] = {}
-        self._num_told = 0
-        self._trials: dict[str, tuple[_Open, Batch]] = {}
-        self._last: dict[str, Evaluation] = {}
-        # Of every search evaluation, how many prompts were drawn; sorted.
-        self._drawn: list[int] = []
-        self._num_suggested = 0
-        self._exhausted = False
-        dense = Candidate(BlockRatios(), recipe.poa_weight)
-        self._dense_key = self._key(dense)
-        self._begin("dense", dense, "search")
-        self._warm: list[Evaluation] = []
-        for candidate in warm_start:
-            self._tell_known(candidate)
 
-    # --- what Ray asks -----------------------------------------------------------------------
+    def of(self, *kinds: Kind) -> list[Evaluation]:
+        """Return those of these kinds that are done."""
+        return [evaluation for evaluation in self.done if evaluation.kind in kinds]
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the next prompt batch to draw; None if there is none just now."""
-        if self._began_s is None:
-            self._began_s = self._latest_s = self._clock()
-        while not self.finished:
-            if len(self._trials) >= self.max_trials:
-                return None
-            evaluation = self._most_needed()
-            if evaluation is not None:
-                batch = self._cut(evaluation)
-                self._trials[trial_id] = (evaluation, batch)
-                return {
-                    "ratios": evaluation.candidate.ratios.as_dict(),
-                    "poa_weight": evaluation.candidate.poa_weight,
-                    "prompts": evaluation.prompts.name,
-                    "batch": list(batch),
-                }
-            if not self._begin_next():
-                return None
-        return str(Searcher.FINISHED)
+    def key(self, candidate: Candidate) -> str:
+        """Return the ledger's key of a candidate."""
+        if candidate not in self._keys:
+            self._keys[candidate] = self._recipe_of(candidate).key(candidate.ratios)
+        return self._keys[candidate]
 
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    def missing(self, candidate: Candidate) -> list[int]:
+        """Return the numbers of the search prompts that the ledger knows nothing of."""
+        key = self.key(candidate)
+        prompts = self._prompt_sets["search"].prompts
+        return [n for n, prompt in enumerate(prompts) if self._ledger.get(key, prompt) is None]
+
+    def rewards(self, evaluation: OpenEvaluation) -> list[float]:
+        """Return the rewards that are known, in the order of the prompts."""
+        known = (self._ledger.get(evaluation.key, each) for each in evaluation.prompts.prompts)
+        return [entry.reward for entry in known if entry is not None and entry.reward is not None]
+
+    # --- the life of one ---------------------------------------------------------------------
+
+    def begin(
+        self, kind: Kind, candidate: Candidate, prompts: str, searcher_id: str | None = None
+    ) -> OpenEvaluation:
+        """Open an evaluation on the prompt set of this name."""
+        evaluation = self._open(kind, candidate, prompts, searcher_id)
+        self.open.append(evaluation)
+        return evaluation
+
+    def cut(self, evaluation: OpenEvaluation, most: int | None = None) -> Batch:
+        """Take the next batch off what is to do, of at most so many prompts."""
+        num_left = len(evaluation.todo)
+        size = self._batching.size(len(evaluation.prompts))
+        if most is not None:
+            size = min(size, most)
+        # Of equal size, since compiled models compile for each size anew.
+        size = math.ceil(num_left / math.ceil(num_left / size))
+        return tuple(evaluation.todo.popleft() for _ in range(size))
+
+    def settle(
+        self, evaluation: OpenEvaluation, batch: Batch, result: dict[str, Any] | None, error: bool
     ) -> None:
-        """Write a batch's rewards to the ledger, then tell the searcher what they complete.
+        """Write what a trial brought to the ledger, or hand its batch out again.
 
-        A batch that failed is handed out again, up to max_failures times. A ledger that cannot be
-        written ends the search: what is not recorded would be paid for twice.
+        Raises LedgerError if it cannot be written.
         """
-        if trial_id not in self._trials:
-            return
-        self._latest_s = self._clock()
-        try:
-            self._settle(*self._trials.pop(trial_id), result, error)
-        except LedgerError as broken:
-            self.failure = str(broken)
-
-    def _settle(
-        self, evaluation: _Open, batch: Batch, result: dict[str, Any] | None, error: bool
-    ) -> None:
         if result is None and not error:  # Ended by Ray before it began: not its fault.
             evaluation.todo.extendleft(reversed(batch))
             return
@@ -273,7 +187,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             evaluation.num_rendered += len(measured.rewards)
             evaluation.missing.difference_update(batch)
             seconds = sum(measured.seconds.values())
-            self.batching.record(len(batch), seconds, measured.batch_size)
+            self._batching.record(len(batch), seconds, measured.batch_size)
         elif (
             result is not None
             and result.get("transient")
@@ -285,384 +199,56 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         else:
             self._record(evaluation, batch, failure)
             evaluation.failure = failure
-        self._tell(evaluation)
 
-    def set_max_concurrency(self, max_concurrent: int) -> bool:
-        """Return True: batches are handed out as workers ask for them, without a limiter."""
-        return True
+    def close(
+        self,
+        evaluation: OpenEvaluation,
+        is_stopped: bool = False,
+        estimate: float | None = None,
+    ) -> Evaluation:
+        """End an evaluation with what is known of it."""
+        self.open.remove(evaluation)
+        closed = self._as_it_is(evaluation, is_stopped, estimate)
+        self.done.append(closed)
+        if closed.kind == "search":
+            self.last[closed.key] = closed
+        return closed
 
-    def save(self, checkpoint_path: str) -> None:
-        """Write nothing of value: a search resumes from the ledger alone."""
-        Path(checkpoint_path).write_text("resume from the ledger\n", encoding="utf-8")
+    def known(self, candidate: Candidate) -> Evaluation:
+        """Return what the ledger has of a candidate on the search prompts."""
+        return self._as_it_is(self._open("search", candidate, "search"))
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Do nothing: a search resumes from the ledger alone."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Ray pickles searchers into its own checkpoints, which we never read.
-        return {}
-
-    # --- what others read ----------------------------------------------------------------------
-
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing left to evaluate."""
-        return self.failure is not None or len(self._of("validation", "dense validation")) == 2
-
-    @property
-    def steps(self) -> list[Step]:
-        """The steps of the search so far, in their order; annealing's chains take turns."""
-        if self._annealing is None:
-            return [
-                Step(0, number, e, e.estimate if e.is_stopped else _number(e.mean), e.is_stopped)
-                for number, e in enumerate(self._of("search")[len(self._warm) :], 1)
-            ]
-        found = []
-        for commit in sorted(self._annealing.commits, key=lambda c: (c.state.step, c.chain)):
-            evaluation = self._last.get(self._key(self._candidate_at(commit.point)))
-            if evaluation is None:  # It has just lost its race, and is about to be closed.
-                break
-            found.append(
-                Step(
-                    chain=commit.chain,
-                    number=commit.state.step,
-                    evaluation=evaluation,
-                    reward=commit.outcome.reward,
-                    lost_race=commit.outcome.stopped,
-                    event=commit.state.event,
-                    temperature=commit.state.temperature,
-                )
-            )
-        return found
-
-    @property
-    def candidates(self) -> list[Evaluation]:
-        """The evaluations that may win, best first, each candidate once."""
-        found = {step.evaluation.key: step.evaluation for step in self.steps if not step.lost_race}
-        found |= {evaluation.key: evaluation for evaluation in self._warm}
-        if self._rerank_off_path:
-            found |= {e.key: e for e in self.known_evaluations}
-        return sorted((e for e in found.values() if e.is_complete), key=lambda e: -e.mean)
-
-    @property
-    def best_off_path(self) -> Evaluation | None:
-        """The best evaluation that annealing passed by, if it is better than the best it took."""
-        taken = {step.evaluation.key for step in self.steps} | {e.key for e in self._warm}
-        passed = [e for e in self.known_evaluations if e.is_complete and e.key not in taken]
-        best = max(passed, key=lambda e: e.mean, default=None)
-        candidates = self.candidates
-        if best is None or (candidates and candidates[0].mean >= best.mean):
-            return None
-        return best
-
-    @property
-    def known_evaluations(self) -> list[Evaluation]:
-        """All of the search's evaluations, in earlier sessions too, the last of each candidate."""
-        earlier = self._ledger.spent.keys - self._last.keys() - {self._dense_key}
-        others = [
-            self._evaluation(_Open("search", candidate, key, self._prompt_sets["search"]))
-            for key, candidate in self._ledger.candidates.items()
-            if key in earlier
-        ]
-        return [*self._last.values(), *(e for e in others if e.rewards)]
-
-    @property
-    def use(self) -> Use:
-        """What the search has taken so far, in all its sessions."""
-        return self._use(0)
-
-    @property
-    def wall_s(self) -> float:
-        """Seconds from a session's first trial to its latest one's end, over all sessions."""
-        session = 0.0 if self._began_s is None else self._latest_s - self._began_s
-        return self._earlier_wall_s + session
-
-    @property
-    def warm_start(self) -> list[Candidate]:
-        """What other searches had evaluated when this one began."""
-        return [evaluation.candidate for evaluation in self._warm]
-
-    @property
-    def progress(self) -> tuple[int, int]:
-        """Steps and other evaluations that are done, and how many there will be."""
-        others = len(self.evaluations) - len(self._of("search"))
-        num_steps = len(self.steps)
-        searched = num_steps if self._exhausted else self._budget.steps
-        return num_steps + others, 1 + searched + self._rerank_top + 2
-
-    @property
-    def num_drawn(self) -> int:
-        """How many pictures this session has drawn."""
-        return self._ledger.spent.num_pictures - self._num_drawn_before
-
-    @property
-    def num_known(self) -> int:
-        """How many pictures of the evaluations so far have their reward."""
-        partly = sum(len(e.prompts) - len(e.missing) for e in self._open)
-        return sum(len(e.prompts) for e in self.evaluations) + partly
-
-    def replay(self) -> bool:
-        """Go as far as the ledger reaches; return whether that is the end."""
-        while not self.finished and self._most_needed() is None:
-            if not self._begin_next():
-                break
-        return self.finished
-
-    def of(self, kind: Kind) -> Evaluation | None:
-        """Return the first complete evaluation of a kind."""
-        return next(iter(self._of(kind)), None)
-
-    def _of(self, *kinds: Kind) -> list[Evaluation]:
-        return [evaluation for evaluation in self.evaluations if evaluation.kind in kinds]
-
-    # --- the course of a search --------------------------------------------------------------
-
-    def _most_needed(self) -> _Open | None:
-        """Return the evaluation whose next batch is the likeliest to be needed."""
-        while True:
-            waiting = [evaluation for evaluation in self._open if evaluation.todo]
-            best = max(waiting, key=self._need, default=None)
-            if self._annealing is None or self._exhausted or self._dense_is_open:
-                return best
-            least = 0.0 if best is None else self._need(best)
-            if self._annealing.next_likelihood <= least or not self._begin_suggested():
-                return best
-
-    @property
-    def _dense_is_open(self) -> bool:
-        # If it cannot be evaluated there is no search.
-        return any(evaluation.kind == "dense" and evaluation.todo for evaluation in self._open)
-
-    def _need(self, evaluation: _Open) -> float:
-        """Return how likely an evaluation's next batch is to be needed."""
-        if evaluation.kind != "search" or self._annealing is None:
-            return 1.0
-        assert evaluation.searcher_id is not None
-        likelihood = self._annealing.likelihood(evaluation.searcher_id)
-        if self._race is None:
-            return likelihood
-        # Of the evaluations that came as far, the share that was still in the race after what is
-        # being drawn: a batch is needed for certain if it is the only one.
-        num_known = len(evaluation.prompts) - len(evaluation.missing)
-        num_handed_out = len(evaluation.prompts) - len(evaluation.todo)
-        return (
-            likelihood * (self._num_beyond(num_handed_out) + 1) / (self._num_beyond(num_known) + 1)
-        )
-
-    def _num_beyond(self, num_prompts: int) -> int:
-        """Return how many of the search's evaluations so far went beyond so many prompts."""
-        return len(self._drawn) - bisect_right(self._drawn, num_prompts)
-
-    def _cut(self, evaluation: _Open) -> Batch:
-        num_left = len(evaluation.todo)
-        size = self.batching.size(len(evaluation.prompts))
-        if self._race is not None and evaluation.kind == "search":
-            size = min(size, self._race.stride)
-        # Of equal size, since compiled models compile for each size anew.
-        size = math.ceil(num_left / math.ceil(num_left / size))
-        return tuple(evaluation.todo.popleft() for _ in range(size))
-
-    def _begin_next(self) -> bool:
-        """Begin the next evaluation, if what it depends on is known."""
-        if self._begin_suggested():
-            return True
-        searching = any(evaluation.kind in {"search", "dense"} for evaluation in self._open)
-        return self._exhausted and not searching and self.winner is None and self._rerank()
-
-    def _begin_suggested(self) -> bool:
-        if self._exhausted:
-            return False
-        if self._annealing is None and self._num_suggested >= self._budget.steps:
-            self._exhausted = True
-            return False
-        if self._annealing is None and not self._tell_in_turn():
-            return False
-        searcher_id = f"evaluation{self._num_suggested}"
-        suggested = self._searcher.suggest(searcher_id)
-        if suggested is None:
-            return False
-        if suggested == Searcher.FINISHED:
-            self._exhausted = True
-            return False
-        candidate = self._space.candidate(suggested)
-        if self._missing(candidate) and self._is_over_budget(candidate):
-            self._exhausted = True
-            if self._annealing is not None:
-                self._annealing.drop(searcher_id)
-            return False
-        self._num_suggested += 1
-        self._begin("search", candidate, "search", searcher_id)
-        return True
-
-    def _tell_in_turn(self) -> bool:
-        """Tell the searcher the results that its next suggestion may depend on, and no others."""
-        if self.ahead is None:
-            return False
-        while self._num_told <= self._num_suggested - self.ahead:
-            result = self._results.pop(f"evaluation{self._num_told}", None)
-            if result is None:
-                return False
-            self._tell_result(f"evaluation{self._num_told}", result)
-            self._num_told += 1
-        return True
-
-    def _is_over_budget(self, candidate: Candidate) -> bool:
-        """Note the limit that evaluating this candidate, and the end after it, would exceed."""
-        self.ended_by = self._budget.exceeded(self._use(len(self._missing(candidate)), candidate))
-        return self.ended_by is not None
-
-    def _use(self, num_next: int, candidate: Candidate | None = None) -> Use:
-        """Return what was taken, or what will be if a candidate is evaluated too."""
-        spent = self._ledger.spent
-        num_coming = 0
-        keys = spent.keys | {e.key for e in self._open} | {e.key for e in self._of("search")}
-        if candidate is not None:
-            keys = keys | {self._key(candidate)}
-            sizes = {name: len(prompts) for name, prompts in self._prompt_sets.items()}
-            reranked = self._rerank_top if self._rerank_top > 1 else 0
-            begun = sum(len(evaluation.missing) for evaluation in self._open)
-            # Batches of evaluations that were stopped meanwhile are drawn to their end.
-            begun += sum(len(batch) for e, batch in self._trials.values() if e not in self._open)
-            last = reranked * sizes["rerank"] + 2 * sizes["validation"]
-            num_coming = num_next + begun + last
-        each_s = spent.seconds / spent.num_pictures if spent.num_pictures else 0.0
-        coming_s = num_coming * each_s
-        return Use(
-            evaluations=len(keys - {self._dense_key}),
-            pictures=spent.num_pictures + num_coming,
-            gpu_hours=(spent.seconds + coming_s) * self._gpus_per_trial / 3600,
-            wall_hours=(self.wall_s + coming_s / self.batching.num_workers) / 3600,
-        )
-
-    def _rerank(self) -> bool:
-        """Compare the best few on fresh prompts, then validate the winner on others again."""
-        candidates = self.candidates[: self._rerank_top]
-        if not candidates:
-            searched = self._of("search")
-            self.failure = (
-                f"every evaluation failed; the last: {searched[-1].failure}{_RETRY}"
-                if searched
-                else f"{self.ended_by} is used up before the first evaluation: raise it"
-            )
-            return True
-        reranking = any(evaluation.kind == "rerank" for evaluation in self._open)
-        if reranking:
-            return False
-        if len(candidates) > 1 and not self._of("rerank"):
-            for candidate in candidates:
-                self._begin("rerank", candidate.candidate, "rerank")
-            return True
-        reranked = [e for e in self._of("rerank") if e.failure is None]
-        best = max(reranked, key=lambda e: e.mean, default=candidates[0])
-        self.winner = next(e for e in candidates if e.key == best.key)
-        dense = Candidate(BlockRatios(), self._recipe.poa_weight)
-        self._begin("dense validation", dense, "validation")
-        self._begin("validation", self.winner.candidate, "validation")
-        return True
-
-    def _tell_known(self, candidate: Candidate) -> None:
-        """Give the searcher a result of another search, which the ledger holds."""
-        suggestion = self._space.suggestion(candidate)
-        if suggestion is None or self._missing(candidate):
-            return
-        self._begin("search", candidate, "search")
-        evaluation = self.evaluations[-1]
-        self._warm.append(evaluation)
-        races = self._annealing is not None and self._race is not None
-        self._searcher.add_evaluated_point(
-            suggestion,
-            evaluation.mean,
-            error=evaluation.failure is not None,
-            intermediate_values=evaluation.rewards if races else None,
-        )
-
-    # --- one evaluation ----------------------------------------------------------------------
-
-    def _begin(
+    def _open(
         self, kind: Kind, candidate: Candidate, prompts: str, searcher_id: str | None = None
-    ) -> None:
+    ) -> OpenEvaluation:
         prompt_set = self._prompt_sets[prompts]
-        key = self._key(candidate)
-        evaluation = _Open(kind, candidate, key, prompt_set, searcher_id)
+        key = self.key(candidate)
+        evaluation = OpenEvaluation(kind, candidate, key, prompt_set, searcher_id)
         for number, prompt in enumerate(prompt_set.prompts):
-            known = self._ledger.get(key, prompt)
-            if known is None:
+            entry = self._ledger.get(key, prompt)
+            if entry is None:
                 evaluation.missing.add(number)
                 evaluation.todo.append(number)
-            elif known.failure is not None:
-                evaluation.failure = evaluation.failure or known.failure
-        self._open.append(evaluation)
-        self._tell(evaluation)
+            elif entry.failure is not None:
+                evaluation.failure = evaluation.failure or entry.failure
+        return evaluation
 
-    def _key(self, candidate: Candidate) -> str:
-        if candidate not in self._keys:
-            self._keys[candidate] = self._recipe_of(candidate).key(candidate.ratios)
-        return self._keys[candidate]
-
-    def _recipe_of(self, candidate: Candidate) -> Recipe:
-        return replace(self._recipe, poa_weight=candidate.poa_weight)
-
-    def _candidate_at(self, point: tuple[float, ...]) -> Candidate:
-        return self._space.candidate(dict(zip(self._space.bounds, point, strict=True)))
-
-    def _missing(self, candidate: Candidate) -> list[int]:
-        """Return the numbers of the search prompts that the ledger knows nothing of."""
-        key = self._key(candidate)
-        prompts = self._prompt_sets["search"].prompts
-        return [n for n, prompt in enumerate(prompts) if self._ledger.get(key, prompt) is None]
-
-    def _record(self, evaluation: _Open, batch: Batch, outcome: Measurement | str) -> None:
-        prompts = [evaluation.prompts.prompts[number] for number in batch]
-        recipe = self._recipe_of(evaluation.candidate)
-        self._ledger.append(recipe, evaluation.candidate.ratios, prompts, outcome)
-
-    def _tell(self, evaluation: _Open) -> None:
-        """Tell the searcher what is known of an evaluation now, and close what is done with."""
-        if evaluation not in self._open:
-            return
-        if evaluation.failure is not None or not evaluation.missing:
-            self._close(evaluation)
-        elif self._race is not None and evaluation.searcher_id is not None:
-            self._run_race(evaluation, evaluation.searcher_id, self._race)
-        if self._annealing is not None:
-            for each in [e for e in self._open if e.kind == "search"]:
-                assert each.searcher_id is not None
-                if self._annealing.likelihood(each.searcher_id) == 0:
-                    self._close(each, is_stopped=True)
-
-    def _run_race(self, evaluation: _Open, searcher_id: str, race: Race) -> None:
-        """Look whether an unfinished evaluation can still reach what it has to."""
-        rewards = self._rewards(evaluation)[: evaluation.num_first]
-        if self._annealing is not None:
-            # It knows what each proposal has to gain over which point.
-            self._annealing.on_trial_result(searcher_id, {"rewards": rewards})
-            return
-        complete = [e for e in self._of("search") if e.is_complete]
-        best = max(complete, key=lambda e: e.mean, default=None)
-        if best is None:
-            return
-        lost = race.lost(rewards, Expectation.of_incumbent(best.rewards), best.mean)
-        if lost is not None:
-            self._close(evaluation, is_stopped=True, estimate=lost.mean)
-
-    def _rewards(self, evaluation: _Open) -> list[float]:
-        known = (self._ledger.get(evaluation.key, each) for each in evaluation.prompts.prompts)
-        return [entry.reward for entry in known if entry is not None and entry.reward is not None]
-
-    def _evaluation(
-        self, evaluation: _Open, is_stopped: bool = False, estimate: float | None = None
+    def _as_it_is(
+        self,
+        evaluation: OpenEvaluation,
+        is_stopped: bool = False,
+        estimate: float | None = None,
     ) -> Evaluation:
-        """Return the record of an evaluation, as far as the ledger has it."""
         known = [self._ledger.get(evaluation.key, p) for p in evaluation.prompts.prompts]
         entries = [entry for entry in known if entry is not None]
         has_failed = evaluation.failure is not None
         return Evaluation(
-            index=len(self.evaluations),
+            index=len(self.done),
             kind=evaluation.kind,
             key=evaluation.key,
             candidate=evaluation.candidate,
             prompts=evaluation.prompts,
-            rewards=() if has_failed else tuple(self._rewards(evaluation)),
+            rewards=() if has_failed else tuple(self.rewards(evaluation)),
             failure=evaluation.failure,
             is_stopped=is_stopped,
             estimate=estimate,
@@ -671,46 +257,12 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             num_rendered=evaluation.num_rendered,
         )
 
-    def _close(
-        self, evaluation: _Open, is_stopped: bool = False, estimate: float | None = None
+    def _record(
+        self, evaluation: OpenEvaluation, batch: Batch, outcome: Measurement | str
     ) -> None:
-        self._open.remove(evaluation)
-        closed = self._evaluation(evaluation, is_stopped, estimate)
-        self.evaluations.append(closed)
-        if closed.kind == "search":
-            self._last[closed.key] = closed
-            insort(self._drawn, len(closed.rewards))
-        if evaluation.searcher_id is not None:
-            self._report(evaluation.searcher_id, closed)
-        self._stop_if_hopeless(closed)
-        self.on_evaluation(closed)
+        prompts = [evaluation.prompts.prompts[number] for number in batch]
+        recipe = self._recipe_of(evaluation.candidate)
+        self._ledger.append(recipe, evaluation.candidate.ratios, prompts, outcome)
 
-    def _report(self, searcher_id: str, closed: Evaluation) -> None:
-        if self._annealing is None:
-            self._results[searcher_id] = closed
-        else:
-            self._tell_result(searcher_id, closed)
-
-    def _tell_result(self, searcher_id: str, closed: Evaluation) -> None:
-        if closed.is_stopped and self._annealing is not None:
-            self._annealing.drop(searcher_id)
-        elif closed.is_stopped:
-            self._searcher.on_trial_complete(searcher_id, {METRIC: closed.estimate})
-        elif closed.failure is not None:
-            self._searcher.on_trial_complete(searcher_id, None, error=True)
-        else:
-            result: dict[str, Any] = {METRIC: closed.mean}
-            if self._race is not None and self._annealing is not None:
-                result["rewards"] = list(closed.rewards)
-            self._searcher.on_trial_complete(searcher_id, result)
-
-    def _stop_if_hopeless(self, last: Evaluation) -> None:
-        searched = self._of("search")
-        if last.kind == "dense" and last.failure is not None:
-            self.failure = f"the dense model cannot be evaluated: {last.failure}{_RETRY}"
-        elif len(searched) == _HOPELESS and all(e.failure is not None for e in searched):
-            self.failure = f"the first {_HOPELESS} evaluations failed: {last.failure}{_RETRY}"
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    def _recipe_of(self, candidate: Candidate) -> Recipe:
+        return replace(self._recipe, poa_weight=candidate.poa_weight)

@@ -21,7 +21,7 @@ from search.baselines import baseline
 from search.batching import Batching
 from search.budget import Budget
 from search.config import AnnealingSettings, Config, ConfigError
-from search.evaluations import EvaluationSearch
+from search.evaluation_search import EvaluationSearch
 from search.ledger import Ledger, Recipe
 from search.racing import Race
 from search.searchers import AnnealingSearch
@@ -66,24 +66,7 @@ class Plan:
                 "only SDXL is: leave it at requested"
             )
         reward = load_reward(config.reward.name, **reward_options(config))
-        recipe = Recipe(
-            model=model.name,
-            revision=model.revision,
-            height=config.res.height,
-            width=config.res.width,
-            dtype=model.dtype,
-            scheduler=model.scheduler,
-            num_steps=config.render.num_steps,
-            guidance_scale=config.render.guidance_scale,
-            poa_weight=config.poa_weight,
-            reward=reward.name,
-            reward_version=reward.version,
-            size_conditioning=(
-                str(config.model.native_res)
-                if config.render.size_conditioning == "native"
-                else "requested"
-            ),
-        )
+        recipe = _recipe(config, model, reward)
         prompt_sets = choose_prompts(config)
         reward.check([each.text for prompts in prompt_sets.values() for each in prompts.prompts])
         cell = Path(config.output).absolute() / f"{model.name}_{config.res}"
@@ -92,23 +75,12 @@ class Plan:
         record = _record_of(folder, key)
         # All searches of a cell share its ledger: a triple is drawn once for all of them.
         ledger = Ledger(cell / "ledger", run=key, retry_failed=config.trial.retry_failed)
-        race = None
-        if config.racing.name == "on":
-            race = Race(config.racing.alpha, config.racing.stride)
+        race = _race(config)
         space = Space(config.space.bounds, config.poa_weight)
         searcher = _searcher(config, space, race)
         gain = 1.0
         if isinstance(config.searcher, AnnealingSettings):
             gain = 0.0 if config.searcher.speculation == "off" else _SPECULATION_GAIN
-        warm_start: tuple[Candidate, ...] = ()
-        if config.searcher.warm_start:
-            known = record.get("warm_start")
-            # What there was when the search began: what came later would change its course.
-            warm_start = tuple(
-                ledger.candidates.values()
-                if known is None
-                else (Candidate(BlockRatios(*ratios), poa_weight) for *ratios, poa_weight in known)
-            )
         search = EvaluationSearch(
             searcher,
             space=space,
@@ -122,11 +94,51 @@ class Plan:
             rerank_off_path=config.rerank.off_path,
             max_failures=config.trial.max_failures,
             ahead=record.get("ahead"),
-            warm_start=warm_start,
+            warm_start=_warm_start(config, ledger, record),
             gpus_per_trial=config.cluster.gpus_per_trial,
             earlier_wall_s=record.get("wall_s", 0.0),
         )
         return cls(config, folder, key, model, recipe, reward, prompt_sets, searcher, search)
+
+
+def _recipe(config: Config, model: Model, reward: Reward) -> Recipe:
+    is_native = config.render.size_conditioning == "native"
+    return Recipe(
+        model=model.name,
+        revision=model.revision,
+        height=config.res.height,
+        width=config.res.width,
+        dtype=model.dtype,
+        scheduler=model.scheduler,
+        num_steps=config.render.num_steps,
+        guidance_scale=config.render.guidance_scale,
+        poa_weight=config.poa_weight,
+        reward=reward.name,
+        reward_version=reward.version,
+        size_conditioning=str(config.model.native_res) if is_native else "requested",
+    )
+
+
+def _race(config: Config) -> Race | None:
+    racing, num_prompts = config.racing, config.prompts.search
+    if racing.name == "off":
+        return None
+    if racing.stride >= num_prompts:
+        raise ConfigError(
+            f"racing.stride={racing.stride}: an evaluation of prompts.search={num_prompts} is "
+            f"over before it is looked at: lower the stride or raise prompts.search"
+        )
+    return Race(racing.alpha, racing.stride)
+
+
+def _warm_start(config: Config, ledger: Ledger, record: dict[str, Any]) -> tuple[Candidate, ...]:
+    if not config.searcher.warm_start:
+        return ()
+    known = record.get("warm_start")
+    if known is None:
+        return tuple(ledger.candidates.values())
+    # What there was when the search began: what came later would change its course.
+    return tuple(Candidate(BlockRatios(*ratios), weight) for *ratios, weight in known)
 
 
 def reward_options(config: Config) -> dict[str, str]:

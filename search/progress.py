@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from search.evaluations import Evaluation, EvaluationSearch
+from search.evaluation_search import EvaluationSearch
+from search.evaluations import Evaluation
 
 _PLAIN_INTERVAL_S = 10.0
 

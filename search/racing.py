@@ -6,7 +6,8 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+
+from scipy.special import stdtrit
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Race:
                 break
             found = self._extend(rewards[:num_drawn], expectation)
             level = 1 - self.alpha / len(looks)
-            if found.mean + _quantile(level, num_drawn) * found.error < needed:
+            if found.mean + float(stdtrit(num_drawn, level)) * found.error < needed:
                 return found
         return None
 
@@ -94,10 +95,3 @@ class Race:
         error = math.sqrt(variance / num_drawn / num_drawn * (1 - num_drawn / num_prompts))
         others = (each + shift for each in expected[num_drawn:])
         return Lost(num_drawn, (*drawn, *others), error)
-
-
-@lru_cache
-def _quantile(level: float, degrees: int) -> float:
-    from scipy import stats
-
-    return float(stats.t.ppf(level, degrees))

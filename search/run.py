@@ -18,7 +18,7 @@ from rich.console import Console
 
 from crdiff_core.errors import CRDiffError
 from search.cluster import prepare_environment
-from search.config import Config, ConfigError
+from search.config import NO_SUCH_SETTING, Config, ConfigError
 
 if TYPE_CHECKING:
     from search.driver import Outcome
@@ -40,7 +40,10 @@ def _compose() -> Config:
     try:
         compose(composed.append)()
     except ValueError as error:  # Some malformed overrides.
-        raise ConfigError(f"{' '.join(sys.argv[1:])}: {error}: write KEY=VALUE") from error
+        raise ConfigError(
+            f"{' '.join(sys.argv[1:])}: {error}: write KEY=VALUE, and for a group the name of one "
+            "of its choices, as in racing=on"
+        ) from error
     if not composed:  # It answered --help or the like by itself.
         sys.exit(0)
     raw = OmegaConf.to_container(composed[0], resolve=True)
@@ -69,16 +72,21 @@ def _summary(outcome: Outcome) -> list[str]:
         f"against dense   {verdict}",
         f"best ratios     {winner.ratios}  (down / mid / up){_weight(outcome)}{_chosen(outcome)}",
         f"search prompts  {winner.mean:.4f}, dense {dense.mean:.4f}, on {len(winner.prompts)}",
+        f"steps           {_steps(outcome)}",
         f"pictures        {drawn}",
         f"ratios file     {outcome.ratios_file}",
     ]
     if outcome.ended_by is not None:
-        lines.insert(1, f"ended by        {outcome.ended_by}: run again with more to go on")
+        lines.insert(
+            1,
+            f"ended by        {outcome.ended_by}, of which the re-ranking and the validation had "
+            "their share: run again with more to go on",
+        )
     if outcome.off_path is not None:
         off = outcome.off_path
         lines.append(
-            f"passed by       {off.ratios} got {off.mean:.4f} on the search prompts, but the "
-            "search did not come by it: rerank.off_path=true lets such win"
+            f"also seen       {off.mean:.4f} on the search prompts at {off.ratios}, evaluated "
+            "ahead but not on the search's way: rerank.off_path=true would let it win"
         )
     tracker = outcome.tracker
     if tracker is not None and tracker.error is not None:
@@ -86,6 +94,16 @@ def _summary(outcome: Outcome) -> list[str]:
     elif tracker is not None:
         lines.append(f"dashboard       {tracker.dashboard_command}")
     return lines
+
+
+def _steps(outcome: Outcome) -> str:
+    """Say how far the search went, and from where."""
+    parts = [str(outcome.num_steps)]
+    if outcome.num_lost:
+        parts.append(f"{outcome.num_lost} of them stopped early by racing")
+    if outcome.num_warm:
+        parts.append(f"after {outcome.num_warm} evaluations that other searches had made")
+    return ", ".join(parts)
 
 
 def _weight(outcome: Outcome) -> str:
@@ -137,7 +155,7 @@ def _one_line(error: Exception) -> str:
             """of quotes, as in 'prompts.text="a cat, asleep"'"""
         )
     if match := re.search(r"Could not override '(.+?)'", text):
-        return f"{match[1]}: there is no such setting (python -m search.run --help lists them)"
+        return f"{match[1]}: {NO_SUCH_SETTING}"
     return " ".join(text.split("full_key")[0].split())
 
 

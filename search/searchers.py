@@ -14,18 +14,10 @@ from typing import Any
 import numpy as np
 from ray.tune.search import Searcher
 
-from search.annealing import (
-    DECIMALS,
-    Annealing,
-    Chain,
-    ChainState,
-    Observation,
-    Point,
-    expect_rewards,
-    space_filling,
-)
+from search.annealing import DECIMALS, Annealing, Chain, ChainState, space_filling
 from search.racing import Expectation, Race
-from search.speculation import Commit, Outcome, Speculation
+from search.speculation import Commit, Speculation
+from search.surrogate import Observation, Point, expect_rewards
 
 Bounds = Mapping[str, tuple[float, float]]
 
@@ -111,7 +103,7 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
         self._speculation = speculation
         self._parameters = parameters
         # What is known of points: how they came out, and rewards by prompt as far as they go.
-        self._outcomes: dict[Point, Outcome] = {}
+        self._seen: dict[Point, Observation] = {}
         self._rewards: dict[Point, tuple[float, ...]] = {}
         # Rewards on all prompts behind an observation, which may be estimates.
         self._rows: dict[tuple[Point, float], tuple[float, ...]] = {}
@@ -155,7 +147,7 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
         value = None if error or not result else result.get(self.metric)
         if value is not None and result is not None and "rewards" in result:
             self._take_rewards(point, result["rewards"])
-        self._outcomes[point] = Outcome(self._finite(value))
+        self._seen[point] = Observation(point, self._finite(value))
         self._commit()
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
@@ -182,21 +174,21 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
         inside = all(low <= x <= high for x, (low, high) in zip(point, self._bounds, strict=True))
         if pruned or not inside:
             return
-        reward = None if error else self._finite(value)
-        self._outcomes[point] = Outcome(reward)
-        if intermediate_values is not None and reward is not None:
+        seen = Observation(point, None if error else self._finite(value))
+        self._seen[point] = seen
+        if intermediate_values is not None and seen.reward is not None:
             self._take_rewards(point, intermediate_values)
         if self._has_suggested:
             self._commit()
         else:
-            self._known = (*self._known, Observation(point, reward))
+            self._known = (*self._known, seen)
             self._begin()
 
     def save(self, checkpoint_path: str) -> None:
         """Write every known outcome as JSON; what is pending is suggested again after restore."""
         raw = {
             "known": self._known,
-            "outcomes": [[point, outcome.reward] for point, outcome in self._outcomes.items()],
+            "seen": list(self._seen.values()),
             "rewards": list(self._rewards.items()),
         }
         Path(checkpoint_path).write_text(json.dumps(raw), encoding="utf-8")
@@ -204,7 +196,8 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
     def restore(self, checkpoint_path: str) -> None:
         """Read what `save` wrote, into a searcher of the same arguments, and replay it."""
         raw = json.loads(Path(checkpoint_path).read_text(encoding="utf-8"))
-        self._outcomes = {tuple(point): Outcome(reward) for point, reward in raw["outcomes"]}
+        seen = [Observation(tuple(point), *rest) for point, *rest in raw["seen"]]
+        self._seen = {each.point: each for each in seen}
         self._rewards = {tuple(point): tuple(rewards) for point, rewards in raw["rewards"]}
         self._pending = {}
         self._known = tuple(Observation(tuple(point), *rest) for point, *rest in raw["known"])
@@ -230,8 +223,8 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
     @property
     def best(self) -> Commit | None:
         """The step with the best reward so far; of equal ones the first."""
-        scored = [each for each in self.commits if each.outcome.reward is not None]
-        return max(scored, key=lambda each: each.outcome.reward or 0.0, default=None)
+        scored = [each for each in self.commits if each.seen.reward is not None]
+        return max(scored, key=lambda each: each.seen.reward or 0.0, default=None)
 
     def likelihood(self, trial_id: str) -> float:
         """Return how likely a pending suggestion is to be needed; 0: it is dead."""
@@ -276,14 +269,14 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
             known=self._known,
             **self._parameters,
         )
-        return Speculation(Chain(annealing, self._seed, number), self._outcome, number)
+        return Speculation(Chain(annealing, self._seed, number), self._observe, number)
 
-    def _outcome(self, chain: Chain, state: ChainState, point: Point) -> Outcome | None:
+    def _observe(self, chain: Chain, state: ChainState, point: Point) -> Observation | None:
         """Return what is known of a proposal; the race counts even if all prompts are known.
 
         So a step's outcome does not depend on how many prompts were drawn at once.
         """
-        rewards, found = self._rewards.get(point), self._outcomes.get(point)
+        rewards, found = self._rewards.get(point), self._seen.get(point)
         if self.race is None or not rewards:
             return found
         expectation = self._expectation(state, point)
@@ -292,7 +285,7 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
             lost = self.race.lost(rewards, expectation, needed)
             if lost is not None:
                 self._rows[point, lost.mean] = lost.rewards
-                return Outcome(lost.mean, stopped=True, error=_DOUBT * lost.error)
+                return Observation(point, lost.mean, _DOUBT * lost.error, stopped=True)
         if found is not None and found.reward is not None:
             self._rows[point, found.reward] = rewards
         return found

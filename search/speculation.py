@@ -14,8 +14,10 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 
-from search.annealing import Chain, ChainState, Point
+from search.annealing import Chain, ChainState
+from search.surrogate import Observation, Point
 
 # Moves by which acceptance is judged; older ones were made at other temperatures.
 _MEMORY = 32
@@ -24,65 +26,68 @@ _TRUST = 0.9
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of a proposal: its reward, None if it failed.
-
-    stopped: it lost its race, and the reward is an estimate; error: its standard error.
-    """
-
-    reward: float | None
-    stopped: bool = False
-    error: float = 0.0
-
-
-@dataclass(frozen=True)
 class Commit:
-    """A step of the chain: what was proposed, what came of it, and the state after it."""
+    """A step of the chain: what came of its proposal, and the state after it."""
 
     chain: int
-    point: Point
-    outcome: Outcome
+    seen: Observation
     state: ChainState
 
 
-@dataclass(eq=False)
 class Node:
     """A state that the chain may come to, and the proposal it would make there.
 
-    point:      None if there is none: the chain ends there, or too little is known yet.
+    become:     makes the state; only asked if the walk comes there.
     is_certain: whether the current reward is no guess, if the chain comes there.
     needed:     gain for each unit of distance above which the proposal is accepted.
     known:      the node after it once its outcome is known; accepted and rejected: until then.
+    children:   what may follow and how likely, and what is known (`basis`) as they were found.
     """
 
-    state: ChainState
-    point: Point | None
-    is_certain: bool = True
-    needed: float | None = None
-    known: Node | None = None
-    accepted: Node | None = None
-    rejected: Node | None = None
+    def __init__(self, chain: Chain, become: Callable[[], ChainState], is_certain: bool) -> None:
+        self._chain = chain
+        self._become = become
+        self.is_certain = is_certain
+        self.needed: float | None = None
+        self.known: Node | None = None
+        self.accepted: Node | None = None
+        self.rejected: Node | None = None
+        self.children: list[tuple[float, Node]] = []
+        self.basis: tuple[int, Observation | None] | None = None
+
+    @cached_property
+    def state(self) -> ChainState:
+        """Where the chain would be."""
+        return self._become()
+
+    @cached_property
+    def point(self) -> Point | None:
+        """What it proposes; None: the chain ends there, or too little is known yet."""
+        if self.state.finished or not self._chain.can_propose(self.state):
+            return None
+        return self._chain.propose(self.state)
 
 
 class Speculation:
     """One chain, and the tree of what it may do next.
 
-    outcome: what is known of a proposal made in a state; None: nothing yet.
+    observe: what is known of a proposal made in a state; None: nothing yet.
     """
 
     def __init__(
         self,
         chain: Chain,
-        outcome: Callable[[Chain, ChainState, Point], Outcome | None],
+        observe: Callable[[Chain, ChainState, Point], Observation | None],
         number: int = 0,
     ) -> None:
         self._chain = chain
-        self._outcome = outcome
+        self._observe = observe
         self._number = number
-        self._head = self._node(chain.start())
+        self._head = Node(chain, chain.start, is_certain=True)
         # Gain for each unit of distance, of the latest moves: in order of time, and of size.
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
+        self._num_learnt = 0
 
     @property
     def state(self) -> ChainState:
@@ -92,13 +97,12 @@ class Speculation:
     def commit(self) -> Iterator[Commit]:
         """Move the chain along every outcome that is known, one step after the other."""
         while self._head.point is not None:
-            before, point = self.state, self._head.point
-            outcome = self._outcome(self._chain, before, point)
-            if outcome is None:
+            seen = self._observe(self._chain, self.state, self._head.point)
+            if seen is None:
                 return
-            self._learn(before, point, outcome.reward)
-            self._head = self._after(self._head, outcome)
-            yield Commit(self._number, point, outcome, self.state)
+            self._learn(self.state, seen)
+            self._head = self._after(self._head, seen)
+            yield Commit(self._number, seen, self.state)
 
     def walk(self) -> Iterator[tuple[float, Point]]:
         """Yield proposals that are not evaluated, the likeliest to be needed first.
@@ -111,46 +115,50 @@ class Speculation:
             negative, _, node = heapq.heappop(heap)
             if node.point is None:
                 continue
-            outcome = self._outcome(self._chain, node.state, node.point)
-            if outcome is None:
+            seen = self._observe(self._chain, node.state, node.point)
+            if seen is None:
                 yield -negative, node.point
-            for share, child in self._children(node, outcome):
+            for share, child in self._children(node, seen):
                 heapq.heappush(heap, (share * negative, num_pushed, child))
                 num_pushed += 1
 
-    def _children(self, node: Node, outcome: Outcome | None) -> Iterator[tuple[float, Node]]:
-        if outcome is not None and node.is_certain:
-            yield 1.0, self._after(node, outcome)
-            return
+    def _children(self, node: Node, seen: Observation | None) -> list[tuple[float, Node]]:
+        """Return what may follow a node and how likely, as of the last walk if nothing is new."""
+        basis = self._num_learnt, seen
+        if node.basis != basis:
+            node.children, node.basis = self._branch(node, seen), basis
+        return node.children
+
+    def _branch(self, node: Node, seen: Observation | None) -> list[tuple[float, Node]]:
+        if seen is not None and node.is_certain:
+            return [(1.0, self._after(node, seen))]
         state, chain = node.state, self._chain
         assert node.point is not None
         is_seed = chain.is_seed(state)
         if node.accepted is None or node.rejected is None:
-            accepted = chain.suppose(state, node.point, accepted=True)
-            rejected = chain.suppose(state, node.point, accepted=False)
-            node.accepted = self._node(accepted, is_certain=False)
-            node.rejected = self._node(rejected, node.is_certain and not is_seed)
-        share = self._acceptance(node, outcome)
-        if chain.is_seed(node.accepted.state):
+            suppose = partial(chain.suppose, state, node.point)
+            node.accepted = Node(chain, partial(suppose, accepted=True), is_certain=False)
+            node.rejected = Node(
+                chain, partial(suppose, accepted=False), node.is_certain and not is_seed
+            )
+        if is_seed and chain.is_seed(node.accepted.state):
             # The next starting point comes whatever this one gives.
-            yield 1.0, node.accepted if state.current is None else node.rejected
-            return
-        yield share, node.accepted
-        yield 1 - share, node.rejected
+            return [(1.0, node.accepted if state.current is None else node.rejected)]
+        share = self._acceptance(node, seen)
+        return [(share, node.accepted), (1 - share, node.rejected)]
 
-    def _after(self, node: Node, outcome: Outcome) -> Node:
+    def _after(self, node: Node, seen: Observation) -> Node:
         if node.known is None:
-            assert node.point is not None
-            state = self._chain.advance(node.state, node.point, outcome.reward, outcome.error)
-            node.known = self._node(state)
+            advance = partial(self._chain.advance, node.state, seen)
+            node.known = Node(self._chain, advance, is_certain=True)
         return node.known
 
-    def _acceptance(self, node: Node, outcome: Outcome | None) -> float:
+    def _acceptance(self, node: Node, seen: Observation | None) -> float:
         """Return how likely a proposal is to be accepted, from the chain's own history."""
-        if outcome is not None:
-            if outcome.reward is None:
+        if seen is not None:
+            if seen.reward is None:
                 return 0.0
-            return _TRUST if self._chain.accepts(node.state, outcome.reward) else 1 - _TRUST
+            return _TRUST if self._chain.accepts(node.state, seen.reward) else 1 - _TRUST
         if node.state.current is None:
             return _TRUST
         if node.needed is None:
@@ -162,18 +170,15 @@ class Speculation:
         num_enough = len(self._sorted) - bisect_right(self._sorted, node.needed)
         return (num_enough + 1) / (len(self._sorted) + 2)
 
-    def _learn(self, state: ChainState, point: Point, reward: float | None) -> None:
-        if reward is None or state.current is None or self._chain.is_seed(state):
+    def _learn(self, state: ChainState, seen: Observation) -> None:
+        if seen.reward is None or state.current is None or self._chain.is_seed(state):
             return
-        distance = math.dist(point, state.current)
+        distance = math.dist(seen.point, state.current)
         if distance == 0:
             return
-        rate = (reward - state.current_reward) / distance
+        rate = (seen.reward - state.current_reward) / distance
+        self._num_learnt += 1
         self._recent.append(rate)
         insort(self._sorted, rate)
         if len(self._recent) > _MEMORY:
             self._sorted.remove(self._recent.popleft())
-
-    def _node(self, state: ChainState, is_certain: bool = True) -> Node:
-        is_open = not state.finished and self._chain.can_propose(state)
-        return Node(state, self._chain.propose(state) if is_open else None, is_certain)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
+from threadpoolctl import ThreadpoolController
 
 Array = NDArray[np.float64]
+Point = tuple[float, ...]
+Bounds = tuple[tuple[float, float], ...]
+
+# Of the linear algebra, whose matrices are too small to gain from them: where the cores are taken,
+# waiting for one another makes threads ten times slower.
+_THREADS = ThreadpoolController()
 
 LENGTHS = (0.1, 0.15, 0.2, 0.3, 0.5, 0.8)
 """Correlation lengths to choose from, in widths of the box."""
@@ -18,6 +27,74 @@ NOISES = (1e-4, 1e-2)
 """Variances of what no smooth surface explains, relative to the surface's own."""
 LOWEST = -3.0
 """Lower rewards count as this, in (best - median) below the median: cliffs bend nothing."""
+
+
+class Observation(NamedTuple):
+    """What came of a point.
+
+    reward:  None if it failed; error: the reward's standard error.
+    stopped: its race was lost, and the reward is an estimate.
+    """
+
+    point: Point
+    reward: float | None
+    error: float = 0.0
+    stopped: bool = False
+
+
+def most_promising(
+    candidates: Array,
+    known: tuple[Observation, ...],
+    pending: Sequence[Point],
+    bounds: Bounds,
+    exploration: float,
+) -> Array:
+    """Return the candidate with the highest upper bound; the first if no reward is known.
+
+    candidates: (n, dimensions), in the unit cube; pending: points without a reward yet.
+    """
+    scored = {each.point for each in known if each.reward is not None}
+    if not scored:
+        first: Array = candidates[0]
+        return first
+    unknown = [p for p in (*(each.point for each in known), *pending) if p not in scored]
+    with _THREADS.limit(limits=1):
+        hopes = _fit(known, bounds).upper_bounds(candidates, to_unit(unknown, bounds), exploration)
+    chosen: Array = candidates[int(np.argmax(hopes))]
+    return chosen
+
+
+def expect_rewards(
+    known: Mapping[Observation, Sequence[float]],
+    incumbent: Sequence[float],
+    point: Point,
+    bounds: Bounds,
+) -> tuple[tuple[float, ...], float]:
+    """Return what each prompt's reward will be at a point, going by others, and its variance.
+
+    known:     what came of other points, and the rewards by prompt behind it.
+    incumbent: rewards by prompt that are expected far from all of them.
+    """
+    with _THREADS.limit(limits=1):
+        gains, variance = _fit(tuple(known), bounds).expect(
+            to_unit([point], bounds), np.array(list(known.values())) - np.array(incumbent)
+        )
+    return tuple((gains + np.array(incumbent)).tolist()), variance
+
+
+def to_unit(points: Sequence[Point], bounds: Bounds) -> Array:
+    """Map points of the box into the unit cube: (n, dimensions)."""
+    low, high = np.array(bounds).T
+    unit: Array = (np.reshape(points, (-1, len(bounds))) - low) / (high - low)
+    return unit
+
+
+# Walking ahead asks for the same few again and again.
+@lru_cache(maxsize=8)
+def _fit(known: tuple[Observation, ...], bounds: Bounds) -> Surrogate:
+    scored = [each for each in known if each.reward is not None]
+    points, rewards, errors, _ = zip(*scored, strict=True)
+    return Surrogate.fit(to_unit(points, bounds).tolist(), rewards, errors)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ import tempfile
 
 import pytest
 
+# Before torch is imported: the tests' processes share the cores, and threads that wait for one
+# another cost several times what they save.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before Ray is imported: quiet, no usage reports, no per-trial logs.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"

@@ -199,6 +199,7 @@ _OURS = tuple(
     for name in (
         "annealing",
         "batching",
+        "evaluation_search",
         "evaluations",
         "racing",
         "searchers",

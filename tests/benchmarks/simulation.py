@@ -22,7 +22,7 @@ from crdiff_core.ratios import GROUPS
 from search.annealing import DECIMALS
 from search.batching import Batching
 from search.budget import Budget
-from search.evaluations import METRIC, EvaluationSearch
+from search.evaluation_search import METRIC, EvaluationSearch
 from search.ledger import SCHEMA, Ledger, Recipe
 from search.searchers import AnnealingSearch
 from search.space import Space
@@ -210,7 +210,7 @@ def _committed(searcher: Searcher) -> tuple[int, float] | None:
     """Return a chain's steps and its best reward; None: it is no chain."""
     if not isinstance(searcher, AnnealingSearch):
         return None
-    rewards = [each.outcome.reward for each in searcher.commits]
+    rewards = [each.seen.reward for each in searcher.commits]
     found = [reward for reward in rewards if reward is not None]
     return len(searcher.commits), max(found, default=-np.inf)
 

@@ -13,7 +13,7 @@ from crdiff_core.ratios import GROUPS, BlockRatios
 from search.baselines import baseline
 from search.batching import Batching
 from search.budget import Budget
-from search.evaluations import EvaluationSearch
+from search.evaluation_search import EvaluationSearch
 from search.ledger import Ledger, Recipe
 from search.searchers import AnnealingSearch
 from search.space import Space

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.annealing import REFERENCE, Annealing, Chain, Observation, draws, space_filling
+from search.annealing import REFERENCE, Annealing, Chain, draws, space_filling
+from search.surrogate import Observation
 
 BOUNDS = ((0.1, 0.8),) * 3
 SEEDS = ((0.3, 0.3, 0.3), (0.6, 0.2, 0.4))
@@ -30,7 +31,7 @@ def walk(chain, reward=surface):
     state, steps = chain.start(), []
     while not state.finished:
         point = chain.propose(state)
-        state = chain.advance(state, point, reward(point))
+        state = chain.advance(state, Observation(point, reward(point)))
         steps.append((point, state))
     return steps
 
@@ -119,20 +120,19 @@ def test_restarting_goes_back_to_the_best_with_larger_steps():
 
 def test_a_failed_evaluation_is_rejected():
     chain = Chain(Annealing(BOUNDS, SEEDS[:1]))
-    before = chain.advance(chain.start(), SEEDS[0], 0.5)
+    before = chain.advance(chain.start(), Observation(SEEDS[0], 0.5))
 
-    for failure in (None, math.nan, math.inf):
-        after = chain.advance(before, chain.propose(before), failure)
-        assert (after.current, after.best, after.event) == (SEEDS[0], SEEDS[0], "fail")
+    after = chain.advance(before, Observation(chain.propose(before), None))
+    assert (after.current, after.best, after.event) == (SEEDS[0], SEEDS[0], "fail")
 
 
 def test_a_chain_whose_seeds_all_failed_goes_on_from_the_middle():
     chain = Chain(reference(BOUNDS, SEEDS[:1]))
-    state = chain.advance(chain.start(), SEEDS[0], None)
+    state = chain.advance(chain.start(), Observation(SEEDS[0], None))
     point = chain.propose(state)
 
     assert sum(x != 0.45 for x in point) == 1
-    assert chain.advance(state, point, 0.1).best == point
+    assert chain.advance(state, Observation(point, 0.1)).best == point
 
 
 def test_random_numbers_depend_on_seed_chain_and_step_alone():
@@ -175,7 +175,7 @@ def test_proposals_stay_in_bounds_and_the_best_is_never_lost(chain, outcomes):
             assert low - 1e-6 <= value <= high + 1e-6
         reward = outcomes[state.step]
         seen += [] if reward is None else [reward]
-        state = chain.advance(state, point, reward)
+        state = chain.advance(state, Observation(point, reward))
         assert state.best_reward == max(seen, default=-math.inf)
         assert state.temperature > 0
 
@@ -189,7 +189,7 @@ def test_equal_outcomes_give_equal_walks(chain, outcomes):
         state, found = one.start(), []
         while not state.finished:
             found.append(one.propose(state))
-            state = one.advance(state, found[-1], outcomes[state.step])
+            state = one.advance(state, Observation(found[-1], outcomes[state.step]))
         return found
 
     assert steps(chain) == steps(again)
@@ -206,7 +206,7 @@ def test_what_a_supposed_state_proposes_is_what_the_real_one_will(chain, outcome
     while not state.finished and state.step < 20:
         if not chain.is_seed(state) and state.current is not None:
             break
-        state = chain.advance(state, chain.propose(state), outcomes[state.step])
+        state = chain.advance(state, Observation(chain.propose(state), outcomes[state.step]))
     supposed = real = state
     for accepted in decisions:
         if supposed.finished or real.finished or chain.annealing.candidates == 1:
@@ -221,7 +221,7 @@ def test_what_a_supposed_state_proposes_is_what_the_real_one_will(chain, outcome
         if real.current is None:
             reward = 0.0 if accepted else None
         supposed = chain.suppose(supposed, point, accepted)
-        real = chain.advance(real, point, reward)
+        real = chain.advance(real, Observation(point, reward))
 
 
 @settings(max_examples=40, deadline=None)
@@ -244,7 +244,8 @@ def test_neither_the_scale_nor_the_offset_of_the_reward_changes_the_walk(
         while not state.finished:
             found.append(one.propose(state))
             value = outcomes[state.step]
-            state = one.advance(state, found[-1], None if value is None else change(value))
+            reward = None if value is None else change(value)
+            state = one.advance(state, Observation(found[-1], reward))
         return found
 
     assert steps(lambda value: factor * value + offset) == steps(float)
@@ -255,7 +256,7 @@ def test_the_temperature_is_a_share_of_what_the_starting_points_span():
     chain = Chain(Annealing(BOUNDS, seeds))
     state = chain.start()
     for reward in (1.0, 5.0, 2.0):
-        state = chain.advance(state, chain.propose(state), reward)
+        state = chain.advance(state, Observation(chain.propose(state), reward))
 
     drawn = draws(0, 0, 3, 3).acceptance
     assert chain.min_gain(state) == pytest.approx(0.02 * (5.0 - 2.0) * math.log(drawn))

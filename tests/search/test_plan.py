@@ -4,6 +4,7 @@ import pytest
 
 from crdiff_core.evaluation import Measurement
 from crdiff_core.ratios import GROUPS, BlockRatios
+from search.config import ConfigError
 from search.driver import _begin_folder as begin_folder
 from search.ledger import Ledger
 from search.plan import Plan, choose_prompts
@@ -110,7 +111,7 @@ def test_a_plan_writes_nothing_but_an_empty_ledger(tmp_path):
     [
         ((), "annealing-seed0"),
         (("searcher=gp", "seed=3"), "gp-seed3"),
-        (("racing=on", "space=uniform"), "annealing-uniform-racing-seed0"),
+        (("racing=on", "racing.stride=2", "space=uniform"), "annealing-uniform-racing-seed0"),
         (("space.poa_weight=[1,2]", "searcher.warm_start=true"), "annealing-poa-warm-seed0"),
     ],
 )
@@ -128,10 +129,16 @@ def test_where_a_search_ends_and_how_far_it_looks_ahead_do_not_change_its_key(tm
 
 
 @pytest.mark.parametrize(
-    "override", ["searcher.lag=2", "racing=on", "space.up=[0.1,0.5]", "searcher.chains=2"]
+    "override",
+    ["searcher.lag=2", "racing=on racing.stride=2", "space.up=[0.1,0.5]", "searcher.chains=2"],
 )
 def test_what_changes_the_course_of_a_search_changes_its_key(tmp_path, override):
-    assert plan(tmp_path, override).key != plan(tmp_path).key
+    assert plan(tmp_path, *override.split()).key != plan(tmp_path).key
+
+
+def test_a_race_that_would_never_be_looked_at_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"racing\.stride=4: .* raise prompts\.search"):
+        plan(tmp_path, "racing=on", "racing.stride=4")
 
 
 def test_a_warm_start_is_what_there_was_when_the_search_began(tmp_path):

@@ -89,12 +89,18 @@ def test_equal_rewards_on_few_prompts_prove_nothing():
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.1])
-def test_it_wrongly_stops_no_more_than_alpha(alpha):
+@pytest.mark.parametrize("expects", ["the incumbent's", "a surrogate's, far too high"])
+def test_it_wrongly_stops_no_more_than_alpha(alpha, expects):
     """Evaluations that just reach the bar, in 2,000 random orders of their prompts."""
     race, num_wrong, num_trials = Race(alpha, stride=8), 0, 2000
     for seed in range(num_trials):
         rewards, incumbent = pair(seed, gain=1e-9, noise=0.3)
-        num_wrong += lost(race, rewards, incumbent, 0.0) is not None
+        expectation = Expectation.of_incumbent(incumbent)
+        if expects != "the incumbent's":
+            chance = random.Random(-1 - seed)
+            expectation = Expectation(tuple(x + chance.gauss(0.5, 0.1) for x in rewards), 1e-4)
+        needed = statistics.fmean(incumbent)
+        num_wrong += race.lost(rewards, expectation, needed) is not None
 
     assert num_wrong / num_trials <= alpha
 

@@ -32,6 +32,8 @@ def search(monkeypatch, capsys):
     ("arguments", "message"),
     [
         ("searcher=grid budget.steps=5", "budget.steps=5: a grid has 8 corners: raise it"),
+        ("racing=true", "a group the name of one of its choices, as in racing=on"),
+        ("searcher.initial_temperature=warm", "got 'warm': give auto or a number"),
         ("res.widht=3", "res.widht: there is no such setting"),
         ("modle=shapes", "modle: there is no such setting"),
         ("searcher=random searcher.cooling=.9", "searcher.cooling: there is no such setting"),

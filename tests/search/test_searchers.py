@@ -3,6 +3,7 @@ import math
 import pytest
 from ray.tune.search import Searcher
 
+from search.racing import Race
 from search.searchers import AnnealingSearch
 
 SPACE = {"down": (0.1, 0.8), "mid": (0.1, 0.8), "up": (0.1, 0.8)}
@@ -28,7 +29,7 @@ def test_it_improves_on_where_it_started():
     search = AnnealingSearch(SPACE, seed=0, max_steps=60)
     found = run(search)
 
-    assert search.best.outcome.reward == max(map(reward, found)) > reward(found[0]) + 0.01
+    assert search.best.seen.reward == max(map(reward, found)) > reward(found[0]) + 0.01
 
 
 def test_mode_min_goes_down():
@@ -37,7 +38,7 @@ def test_mode_min_goes_down():
         config = search.suggest(str(step))
         search.on_trial_complete(str(step), {"loss": (config["x"] - 0.3) ** 2})
 
-    assert search.best.point[0] == pytest.approx(0.3, abs=0.03)
+    assert search.best.seen.point[0] == pytest.approx(0.3, abs=0.03)
 
 
 @pytest.mark.parametrize("result", [None, {}, {"reward": math.nan}, {"reward": -math.inf}])
@@ -49,7 +50,7 @@ def test_a_trial_without_a_finite_result_is_a_rejection(result):
     search.on_trial_complete("b", result)
 
     assert search.commits[-1].state.event == "fail"
-    assert search.best.outcome.reward == 0.5
+    assert search.best.seen.reward == 0.5
 
 
 def test_unknown_and_late_results_are_ignored():
@@ -59,7 +60,7 @@ def test_unknown_and_late_results_are_ignored():
     search.on_trial_complete("a", {"reward": 0.5})
     search.on_trial_complete("a", {"reward": 9.0})
 
-    assert [commit.outcome.reward for commit in search.commits] == [0.5]
+    assert [commit.seen.reward for commit in search.commits] == [0.5]
 
 
 def test_restored_into_a_blank_searcher_it_goes_on_the_same(tmp_path):
@@ -100,7 +101,7 @@ def test_the_best_of_what_is_known_becomes_a_starting_point():
     search.suggest("a")
     search.on_trial_complete("a", {"reward": 0.1})
 
-    assert [commit.point for commit in search.commits] == [(0.3,) * 3, (0.7,) * 3]
+    assert [commit.seen.point for commit in search.commits] == [(0.3,) * 3, (0.7,) * 3]
     assert search.commits[-1].state.current == (0.7,) * 3
 
 
@@ -114,4 +115,21 @@ def test_what_is_known_is_not_suggested_again():
     other.on_trial_complete("a", {"reward": reward(found[0])})
 
     assert [*found[1:3], *found[6:]] == run(other)
-    assert [commit.point for commit in other.commits] == [commit.point for commit in whole.commits]
+    assert [commit.seen.point for commit in other.commits] == [
+        commit.seen.point for commit in whole.commits
+    ]
+
+
+@pytest.mark.parametrize("by_prompt", [True, False])
+def test_what_it_begins_with_is_raced_against_if_its_rewards_by_prompt_are_known(by_prompt):
+    rewards = [0.9, 1.1] * 8
+    search = AnnealingSearch(SPACE, seeds=[dict.fromkeys(SPACE, 0.3)], race=Race(0.05, stride=4))
+    best = dict.fromkeys(SPACE, 0.7)
+    search.add_evaluated_point(best, 1.0, intermediate_values=rewards if by_prompt else None)
+    search.suggest("seed")
+    search.on_trial_complete("seed", {"reward": 0.0, "rewards": [-0.1, 0.1] * 8})
+    search.suggest("next")
+    search.on_trial_result("next", {"rewards": [-0.1, 0.1, -0.2, 0.2]})
+
+    assert len(search.commits) == (3 if by_prompt else 2)
+    assert search.commits[-1].seen.stopped == by_prompt

@@ -12,7 +12,8 @@ from ray.tune.search import Searcher
 from search.annealing import REFERENCE, Annealing, Chain
 from search.racing import Race
 from search.searchers import AnnealingSearch
-from search.speculation import Outcome, Speculation
+from search.speculation import Speculation
+from search.surrogate import Observation
 
 SPACE = {"x": (0.0, 1.0), "y": (0.0, 1.0)}
 NUM_PROMPTS = 24
@@ -64,7 +65,7 @@ def run(rewards, num_workers=1, order=0, num_reported=NUM_PROMPTS, **arguments):
 def steps(search):
     """The steps in their order, without when they were taken."""
     taken = sorted(search.commits, key=lambda commit: (commit.state.step, commit.chain))
-    return [(commit.chain, commit.point, commit.outcome, commit.state) for commit in taken]
+    return [(commit.chain, commit.seen, commit.state) for commit in taken]
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,16 +116,15 @@ def test_the_steps_are_those_of_the_chain_alone():
     chain = Chain(Annealing(tuple(SPACE.values()), ((0.5, 0.5),), num_steps=39), 5)
     state = chain.start()
     for commit in search.commits:
-        point = chain.propose(state)
-        state = chain.advance(state, point, commit.outcome.reward)
-        assert (commit.point, commit.state) == (point, state)
+        state = chain.advance(state, Observation(chain.propose(state), commit.seen.reward))
+        assert (commit.seen, commit.state) == (state.history[-1], state)
     assert state.finished
 
 
 def test_one_worker_evaluates_nothing_in_vain():
     search, count = run(table(1))
 
-    assert count == len({commit.point for commit in search.commits})
+    assert count == len({commit.seen.point for commit in search.commits})
 
 
 def test_off_leaves_no_more_than_one_evaluation_a_chain_under_way():
@@ -173,7 +173,7 @@ def test_an_evaluation_that_the_chain_has_passed_by_is_dead():
     assert dead
     for name in dead:
         search.on_trial_complete(name, {"reward": 99.0})
-    assert search.best.outcome.reward == 1.0
+    assert search.best.seen.reward == 1.0
     assert sorted([*dead, *alive]) == sorted(name for name in points if name not in "01")
 
 
@@ -201,8 +201,8 @@ def test_chains_share_the_steps_and_the_seeds():
     by_chain = [[c for c in search.commits if c.chain == number] for number in (0, 1)]
 
     assert [len(commits) for commits in by_chain] == [11, 10]
-    assert [c.point[0] for c in by_chain[0][:2]] == [0.1, 0.5]
-    assert by_chain[1][0].point[0] == 0.3
+    assert [c.seen.point[0] for c in by_chain[0][:2]] == [0.1, 0.5]
+    assert by_chain[1][0].seen.point[0] == 0.3
 
 
 def test_more_workers_need_fewer_rounds():
@@ -237,6 +237,6 @@ def test_a_tree_stops_where_its_chain_ends():
 
     assert len(found) == 1 + 1 * 2 + 4 + 8
     assert sum(likelihood for likelihood, _ in found) == pytest.approx(4)
-    known[(0.5,)] = Outcome(0.0)
-    assert [commit.point for commit in tree.commit()] == [(0.5,)]
+    known[(0.5,)] = Observation((0.5,), 0.0)
+    assert [commit.seen.point for commit in tree.commit()] == [(0.5,)]
     assert len(list(tree.walk())) == 1 + 2 + 4

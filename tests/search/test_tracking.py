@@ -107,7 +107,7 @@ def test_what_a_stopped_search_missed_is_filled_in(experiment, search, tmp_path)
 
 
 def test_a_failed_evaluation_is_a_failed_child_with_its_reason(experiment, tmp_path):
-    from tests.search.test_evaluations import failing
+    from tests.search.test_evaluation_search import failing
 
     search = make_search(tmp_path / "ledger", steps=6)
     work(search, outcome=failing(lambda ratios: ratios.down > 0.31))

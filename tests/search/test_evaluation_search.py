@@ -464,6 +464,14 @@ def test_racing_draws_less_and_only_complete_evaluations_win(tmp_path, searcher)
     assert len(raced.steps) == 30
 
 
+def test_one_worker_that_races_draws_nothing_but_the_chains_own_steps(tmp_path):
+    search = make_search(tmp_path, steps=30, race=Race(alpha=0.3, stride=2))
+    work(search)
+    taken = {step.evaluation.key for step in search.steps}
+
+    assert {e.key for e in search.evaluations if e.kind == "search"} == taken
+
+
 def test_a_raced_search_replays_to_the_same(tmp_path):
     first = make_search(tmp_path, race=Race(alpha=0.3, stride=2))
     work(first)
