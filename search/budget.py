@@ -35,9 +35,10 @@ class Budget:
     wall_hours: float | None = None
 
     def exceeded(self, use: Use) -> str | None:
-        """Name the first limit that this use would exceed."""
+        """Name the first limit that this use would exceed, and what it would come to."""
         for name in ("evaluations", "pictures", "gpu_hours", "wall_hours"):
-            limit = getattr(self, name)
-            if limit is not None and getattr(use, name) > limit:
-                return f"budget.{name}={limit:g}"
+            limit, value = getattr(self, name), getattr(use, name)
+            if limit is not None and value > limit:
+                end = "" if name == "evaluations" else ", re-ranking and validation included"
+                return f"budget.{name}={limit:g} (going on would come to {value:.6g}{end})"
         return None

@@ -295,12 +295,13 @@ class Config(Settings):
     @check(mode="after")
     def _steps_suffice(self) -> Config:
         if isinstance(self.searcher, AnnealingSettings):
-            needed = max(len(self.searcher.seeds), self.searcher.chains)
-            if needed > self.budget.steps:
-                raise ValueError(
-                    f"budget.steps {self.budget.steps} is less than the searcher's "
-                    f"{len(self.searcher.seeds)} seeds or {self.searcher.chains} chains: raise it"
-                )
+            needed = {"seeds": len(self.searcher.seeds), "chains": self.searcher.chains}
+            for name, number in needed.items():
+                if number > self.budget.steps:
+                    raise ValueError(
+                        f"budget.steps {self.budget.steps} is less than the searcher's {number} "
+                        f"{name}: raise it"
+                    )
         return self
 
     @classmethod

@@ -82,8 +82,8 @@ class Estimate:
             f"one trial  {self.num_timed} pictures of {plan.recipe.num_steps} steps in "
             f"{self.trial_s:.2f} s, {self.batch_size} at once, extrapolated from {_FEW_STEPS[0]} "
             f"and {_FEW_STEPS[1]} steps; before the first, {self.load_s:.0f} s to load",
-            f"search     {config.budget.steps} evaluations, {self.num_pictures} pictures with "
-            f"re-ranking and validation{known}{ahead}",
+            f"search     at most {config.budget.steps} evaluations, {self.num_pictures} pictures "
+            f"with re-ranking and validation{known}{ahead}",
             f"time       about {spent} of drawing by one worker such as this ({self.device})",
             f"disk       about {self.results_gib:.2f} GiB of results, and {self.disk_gib:.1f} GiB "
             f"are free at {config.output}",

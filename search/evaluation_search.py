@@ -103,7 +103,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         self.on_evaluation: Callable[[Evaluation], None] = lambda _: None
         self._searcher = searcher
         self._annealing = searcher if isinstance(searcher, AnnealingSearch) else None
-        self._space = space
+        self.space = space
         self._sizes = {name: len(prompts) for name, prompts in prompt_sets.items()}
         self._ledger = ledger
         self._work = Evaluations(ledger, recipe, prompt_sets, self.batching, max_failures)
@@ -213,8 +213,8 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             ]
         found = []
         for commit in sorted(self._annealing.commits, key=lambda c: (c.state.step, c.chain)):
-            point = dict(zip(self._space.bounds, commit.seen.point, strict=True))
-            evaluation = self._work.last.get(self._work.key(self._space.candidate(point)))
+            point = dict(zip(self.space.bounds, commit.seen.point, strict=True))
+            evaluation = self._work.last.get(self._work.key(self.space.candidate(point)))
             if evaluation is None:  # It has just lost its race, and is about to be closed.
                 break
             found.append(
@@ -373,7 +373,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         if suggested == Searcher.FINISHED:
             self._exhausted = True
             return False
-        candidate = self._space.candidate(suggested)
+        candidate = self.space.candidate(suggested)
         if self._work.missing(candidate) and self._is_over_budget(candidate):
             self._exhausted = True
             if self._annealing is not None:
@@ -409,7 +409,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         keys = (
             spent.keys
             | {e.key for e in self._work.open}
-            | {e.key for e in self._work.of("search")}
+            | {e.key for e in self._work.of("search")[len(self._warm) :]}
         )
         if candidate is not None:
             keys = keys | {self._work.key(candidate)}
@@ -438,7 +438,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             self.failure = (
                 f"every evaluation failed; the last: {searched[-1].failure}{_RETRY}"
                 if searched
-                else f"{self.ended_by} is used up before the first evaluation: raise it"
+                else f"no evaluation fits into {self.ended_by}: raise it"
             )
             return True
         reranking = any(evaluation.kind == "rerank" for evaluation in self._work.open)
@@ -457,7 +457,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
 
     def _tell_known(self, candidate: Candidate) -> None:
         """Give the searcher a result of another search, which the ledger holds."""
-        suggestion = self._space.suggestion(candidate)
+        suggestion = self.space.suggestion(candidate)
         if suggestion is None or self._work.missing(candidate):
             return
         self._begin("search", candidate, "search")

@@ -62,7 +62,7 @@ class Progress:
             self._live.update(self._task, completed=done, total=total, description=text)
         elif force or time.monotonic() - self._last_line_s > _PLAIN_INTERVAL_S:
             self._last_line_s = time.monotonic()
-            text = _standing(search, "best {0.mean:.3f} at {0.ratios}")
+            text = _standing(search, "best {0.mean:.3f} at {1}")
             self.console.print(f"{done}/{total} evaluations, {text}{self._left(done, total)}")
 
     def _left(self, done: int, total: int) -> str:
@@ -86,7 +86,7 @@ def _standing(search: EvaluationSearch, best_as: str) -> str:
     best, dense = _best(search), search.of("dense")
     parts = []
     if best is not None:
-        parts.append(best_as.format(best))
+        parts.append(best_as.format(best, search.space.describe(best.candidate)))
     if dense is not None and dense.failure is None:
         parts.append(f"dense {dense.mean:.3f}")
     return ", ".join(parts) or "loading the model"

@@ -77,11 +77,7 @@ def _summary(outcome: Outcome) -> list[str]:
         f"ratios file     {outcome.ratios_file}",
     ]
     if outcome.ended_by is not None:
-        lines.insert(
-            1,
-            f"ended by        {outcome.ended_by}, of which the re-ranking and the validation had "
-            "their share: run again with more to go on",
-        )
+        lines.insert(1, f"ended by        {outcome.ended_by}: run again with more to go on")
     if outcome.off_path is not None:
         off = outcome.off_path
         lines.append(
@@ -125,6 +121,7 @@ def _search(config: Config, console: Console) -> list[str]:
     from search.driver import run
     from search.progress import Progress
 
+    console.print(f"{config.model.name} at {config.res}, {config.searcher.name}: starting")
     return _summary(run(config, _command(), Progress(console)))
 
 

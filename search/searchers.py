@@ -8,6 +8,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ Bounds = Mapping[str, tuple[float, float]]
 # Below this a proposal is not worth a worker that would else be idle.
 _LEAST_LIKELIHOOD = 0.01
 _NUM_SEEDS = 8
+_PARAMETERS = {each.name for each in fields(Annealing)} - {
+    *("bounds", "seeds", "num_steps", "known"),
+}
 # Standard errors that an estimate counts as off by. What was stopped was stopped for looking bad,
 # so it looks worse than it is; and the surrogate would never propose to look again.
 _DOUBT = 2.0
@@ -37,13 +41,15 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
 
     Workers that are free evaluate what the chain will likely propose next; its steps are taken in
     their order, as the outcomes come, so `commits` and the best are the same for any number of
-    workers and any order of completion.
+    workers and any order of completion. A step back to a point that is known is taken without a
+    suggestion, so that there may be fewer of them than steps.
 
     space:        (low, high) of each parameter; it stays within them.
     metric, mode: what trials report, and whether "max" or "min" is better.
     seed:         of every random number; equal seeds and results give equal commits.
     max_steps:    steps in all, starting points included, over all chains; then it is finished.
-    seeds:        starting points, in any order; by default eight that fill the space evenly.
+    seeds:        starting points, in any order, moved to the space's edge if they lie outside; by
+                  default eight that fill the space evenly.
     speculation:  evaluations under way at most, dead ones not counted; "auto": as many as are
                   asked for and at least a hundredth likely to be needed; "off": one for
                   each chain.
@@ -68,7 +74,15 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
         race: Race | None = None,
         **parameters: Any,
     ) -> None:
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode is {mode!r}: choose max or min")
         super().__init__(metric=metric, mode=mode)
+        unknown = parameters.keys() - _PARAMETERS
+        if unknown:
+            raise ValueError(
+                f"there is no parameter {', '.join(sorted(unknown))}: choose of "
+                f"{', '.join(sorted(_PARAMETERS))}"
+            )
         if not space:
             raise ValueError("space is empty: name at least one parameter and its (low, high)")
         for name, (low, high) in space.items():
@@ -222,7 +236,10 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
 
     @property
     def best(self) -> Commit | None:
-        """The step with the best reward so far; of equal ones the first."""
+        """The step with the best reward so far, of equal ones the first: `best.seen.point`.
+
+        With mode="min" its reward is the metric's negative.
+        """
         scored = [each for each in self.commits if each.seen.reward is not None]
         return max(scored, key=lambda each: each.seen.reward or 0.0, default=None)
 

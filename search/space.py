@@ -60,6 +60,11 @@ class Space:
         inside = all(low <= values[name] <= high for name, (low, high) in self.bounds.items())
         return values if inside else None
 
+    def describe(self, candidate: Candidate) -> str:
+        """Say which point a candidate is, to a person."""
+        weight = f", k {candidate.poa_weight:.3f}" if POA_WEIGHT in self.bounds else ""
+        return f"{candidate.ratios}{weight}"
+
     def start(self, ratios: Sequence[float]) -> dict[str, float]:
         """Return the suggestion next to (down, mid, up), as a starting point."""
         values = dict(zip(GROUPS, ratios, strict=True))

@@ -62,6 +62,7 @@ def make_search(
     budget=None,
     annealing=None,
     batching=None,
+    run="this",
     **arguments,
 ):
     """A search over `reward_of`; annealing: arguments of AnnealingSearch."""
@@ -75,7 +76,7 @@ def make_search(
         space=Space(SPACE, RECIPE.poa_weight),
         prompt_sets=PROMPTS,
         recipe=RECIPE,
-        ledger=Ledger(folder, run="this", retry_failed=retry_failed),
+        ledger=Ledger(folder, run=run, retry_failed=retry_failed),
         batching=batching or Batching(3),
         race=race,
         budget=Budget(steps, **(budget or {})),

@@ -78,6 +78,6 @@ def test_the_command_prints_it_and_starts_no_trial(tmp_path, monkeypatch, capsys
 
     assert printed.out.startswith("model      shapes (embedded), revision ")
     assert "one trial  4 pictures of 8 steps" in printed.out
-    assert "search     3 evaluations, 36 pictures" in printed.out
+    assert "search     at most 3 evaluations, 36 pictures" in printed.out
     assert printed.err == "loading the model and timing a trial ...\n"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

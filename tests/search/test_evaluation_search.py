@@ -525,7 +525,7 @@ def test_a_budget_ends_the_search_cleanly_and_a_larger_one_extends_it(
     ((name, limit),) = budget.items()
     assert short.winner is not None
     assert 0 < len(short.steps) < 20
-    assert f"budget.{name}" in short.ended_by
+    assert short.ended_by.startswith(f"budget.{name}={limit:g} (going on would come to ")
     assert getattr(short.use, name) <= limit * 1.001
     # With the next evaluation it would have been too much.
     assert getattr(short.use, name) > limit * 0.6
@@ -562,7 +562,10 @@ def test_a_budget_too_small_for_one_evaluation_says_so(tmp_path):
     search = make_search(tmp_path, budget={"pictures": LAST})
     work(search)
 
-    assert "budget.pictures=44 is used up before the first evaluation: raise it" in search.failure
+    assert search.failure == (
+        "no evaluation fits into budget.pictures=44 (going on would come to 58, re-ranking and "
+        "validation included): raise it"
+    )
 
 
 def test_more_steps_extend_a_finished_search(tmp_path):
@@ -581,7 +584,7 @@ def test_more_steps_extend_a_finished_search(tmp_path):
 
 @pytest.mark.parametrize("searcher", ["annealing", "tpe", "cmaes", "qmc", "random", "grid"])
 def test_a_search_begins_with_what_others_of_its_cell_measured(tmp_path, searcher):
-    first = make_search(tmp_path, "random", steps=30)
+    first = make_search(tmp_path, "random", steps=30, run="another")
     work(first)
     known = list(Ledger(tmp_path).candidates.values())
     warm = make_search(tmp_path, searcher, steps=9, warm_start=known)
@@ -589,6 +592,7 @@ def test_a_search_begins_with_what_others_of_its_cell_measured(tmp_path, searche
 
     assert len(warm.warm_start) == 30  # Neither the dense model nor what is not complete.
     assert warm.candidates[0].key == best.key
+    assert warm.use.evaluations == 0
     work(warm)
     assert warm.candidates[0].mean >= best.mean
     assert len(warm.steps) == (9 if searcher != "grid" else 8)

@@ -133,3 +133,16 @@ def test_what_it_begins_with_is_raced_against_if_its_rewards_by_prompt_are_known
 
     assert len(search.commits) == (3 if by_prompt else 2)
     assert search.commits[-1].seen.stopped == by_prompt
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "maximum"}, "mode is 'maximum': choose max or min"),
+        ({"coolin": 0.9}, "no parameter coolin: choose of candidates, cooling, "),
+        ({"bounds": ()}, "no parameter bounds"),
+    ],
+)
+def test_what_it_does_not_know_is_one_clear_line(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AnnealingSearch(SPACE, **arguments)

@@ -56,3 +56,11 @@ def test_starting_points_are_moved_into_the_space():
     )
     weighted = Space({**BLOCKS, "poa_weight": (1.0, 2.0)}, 1.5)
     assert weighted.start((0.3, 0.3, 0.3))["poa_weight"] == 1.5
+
+
+def test_a_weight_is_said_where_it_is_searched():
+    candidate = Candidate(BlockRatios(0.3, 0.2, 0.1), 1.25)
+
+    assert Space(BLOCKS, 1.5).describe(candidate) == "0.300 / 0.200 / 0.100"
+    weighted = Space({**BLOCKS, "poa_weight": (1.0, 2.0)}, 1.5)
+    assert weighted.describe(candidate) == "0.300 / 0.200 / 0.100, k 1.250"
