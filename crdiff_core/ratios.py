@@ -167,8 +167,8 @@ class RatiosFile:
             provenance=_mapping(raw, "provenance") if "provenance" in raw else {},
         )
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the file, atomically; the reference's scripts read it too (their keys first)."""
+    def as_json(self) -> str:
+        """Return the file's text; the reference's scripts read it too (their keys first)."""
         raw = {
             "model_config": {
                 "name": self.model,
@@ -185,9 +185,13 @@ class RatiosFile:
             "poa_weight": DEFAULT_POA_WEIGHT if self.poa_weight is None else self.poa_weight,
             "provenance": dict(self.provenance),
         }
+        return json.dumps(raw, indent=2, allow_nan=False) + "\n"
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the file, atomically."""
         target = Path(path)
         draft = target.with_name(f".{target.name}.{os.getpid()}")
-        draft.write_text(json.dumps(raw, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        draft.write_text(self.as_json(), encoding="utf-8")
         draft.replace(target)
 
 

@@ -9,7 +9,6 @@ import pickle
 import tempfile
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from crdiff_core.errors import CRDiffError
@@ -20,8 +19,10 @@ from search.config import Config, ConfigError
 from search.evaluation_search import Step
 from search.evaluations import Evaluation
 from search.export import HISTORY_FILE, RATIOS_FILE, validated, write_history, write_ratios
+from search.lease import Lease
 from search.plan import EARLIER, RUN_FILE, Plan, reward_options
 from search.progress import Progress
+from search.storage import Storage
 from search.tracking import Experiment, Tracker
 from search.trial import RatioTrial, TrialSetup
 
@@ -49,7 +50,7 @@ class Outcome:
     tracker:      None if tracking is off.
     """
 
-    ratios_file: Path
+    ratios_file: Storage
     winner: Evaluation
     dense: Evaluation
     comparison: Comparison | None
@@ -72,6 +73,15 @@ def run(config: Config, command: str, progress: Progress) -> Outcome:
     KeyboardInterrupt after Ctrl-C; what was measured by then is in the ledger.
     """
     plan = Plan.make(config)
+    plan.folder.make()
+    with Lease(plan.folder) as lease:
+        if plan.ledger.has_grown:  # Another driver has ended meanwhile.
+            plan = Plan.make(config)
+        lease.on_lost = plan.search.fail
+        return _run(plan, command, progress)
+
+
+def _run(plan: Plan, command: str, progress: Progress) -> Outcome:
     search = plan.search
     _begin_folder(plan, command)
     tracker = _tracker(plan)
@@ -116,21 +126,19 @@ def run(config: Config, command: str, progress: Progress) -> Outcome:
 def _begin_folder(plan: Plan, command: str) -> None:
     """Record the settings; keep the results of an earlier search with other settings."""
     folder = plan.folder
-    record = folder / RUN_FILE
+    folder.make()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if record.exists():
-            earlier = json.loads(record.read_text(encoding="utf-8"))
-            if earlier.get("key") != plan.key:
-                kept = folder / EARLIER / f"{datetime.now():%Y%m%d-%H%M%S}"
-                kept.mkdir(parents=True)
-                for name in (RUN_FILE, RATIOS_FILE, HISTORY_FILE):
-                    if (folder / name).exists():
-                        (folder / name).rename(kept / name)
-                log.warning("the settings have changed; the earlier results are in %s", kept)
-        _record(plan, command)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: {error}: set output to a folder you may write") from error
+        earlier = json.loads(folder.read(RUN_FILE) or b"{}").get("key", plan.key)
+    except (ValueError, AttributeError):  # It was torn, or is not ours.
+        earlier = None
+    if earlier != plan.key:
+        kept = folder / EARLIER / f"{datetime.now():%Y%m%d-%H%M%S}"
+        kept.make()
+        for name in (RUN_FILE, RATIOS_FILE, HISTORY_FILE):
+            if name in folder.files():
+                folder.move(name, kept)
+        log.warning("the settings have changed; the earlier results are in %s", kept)
+    _record(plan, command)
 
 
 def _record(plan: Plan, command: str) -> None:
@@ -146,9 +154,7 @@ def _record(plan: Plan, command: str) -> None:
         ],
         "config": plan.config.model_dump(mode="json"),
     }
-    draft = plan.folder / f".{RUN_FILE}"
-    draft.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    draft.replace(plan.folder / RUN_FILE)
+    plan.folder.write(RUN_FILE, (json.dumps(raw, indent=2) + "\n").encode())
 
 
 # --- Ray Tune --------------------------------------------------------------------------------
@@ -214,9 +220,14 @@ def _tracker(plan: Plan) -> Tracker | None:
     settings = plan.config.tracking
     if settings.name == "none":
         return None
-    output = plan.folder.parents[1]
     experiment = Experiment(settings.uri, settings.experiment)
     if not settings.uri:
+        output = plan.folder.parent.parent.local
+        if output is None:
+            raise ConfigError(
+                f"MLflow's database cannot lie in {plan.config.output}: set tracking.uri to a "
+                "server's, or tracking=none"
+            )
         experiment = Experiment(
             f"sqlite:///{output / 'mlflow.db'}",
             settings.experiment,
@@ -287,9 +298,8 @@ def _finish_tracking(plan: Plan, tracker: Tracker, status: str) -> None:
     winner = plan.search.winner
     if winner is not None:
         metrics |= {f"best_ratio_{group}": winner.ratios[group] for group in GROUPS}
-    names = (RUN_FILE, HISTORY_FILE, RATIOS_FILE)
-    files = [plan.folder / name for name in names if (plan.folder / name).exists()]
-    tracker.finish(status, metrics, tags, *files)
+    files = {name: plan.folder.read(name) for name in (RUN_FILE, HISTORY_FILE, RATIOS_FILE)}
+    tracker.finish(status, metrics, tags, {name: data for name, data in files.items() if data})
 
 
 def _flat(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:

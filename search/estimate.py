@@ -38,7 +38,7 @@ class Estimate:
     num_timed:     pictures of the timed trial; trial_s: its time, all steps, once warm.
     load_s:        loading the model and encoding the prompts, once for each worker.
     num_pictures:  that the search draws at most; num_known: of them in the ledger already.
-    results_gib:   of disk that the results take; disk_gib: there is.
+    results_gib:   of disk that the results take; disk_gib: there is; None: nobody can say.
     memory_gib:    peak while drawing on a GPU, else the weights'; free_gib: there is.
     """
 
@@ -53,7 +53,7 @@ class Estimate:
     memory_gib: float
     free_gib: float
     results_gib: float
-    disk_gib: float
+    disk_gib: float | None
 
     @property
     def hours(self) -> float:
@@ -71,6 +71,7 @@ class Estimate:
         if isinstance(config.searcher, AnnealingSettings) and config.searcher.speculation != "off":
             ahead = "; several workers evaluate more, ahead of the search, and end it sooner"
         spent = f"{self.hours:.2f} hours" if self.hours >= 1 else f"{self.hours * 60:.1f} minutes"
+        free = "" if self.disk_gib is None else f", and {self.disk_gib:.1f} GiB are free there"
         lines = [
             f"model      {plan.model.name} ({source}), revision {plan.recipe.revision}, "
             f"{plan.recipe.dtype}, drawing {config.res}",
@@ -85,8 +86,7 @@ class Estimate:
             f"search     at most {config.budget.steps} evaluations, {self.num_pictures} pictures "
             f"with re-ranking and validation{known}{ahead}",
             f"time       about {spent} of drawing by one worker such as this ({self.device})",
-            f"disk       about {self.results_gib:.2f} GiB of results, and {self.disk_gib:.1f} GiB "
-            f"are free at {config.output}",
+            f"disk       about {self.results_gib:.2f} GiB of results at {config.output}{free}",
         ]
         if price is not None and self.device == "cpu":
             lines.append("price      unknown: this machine has no GPU to time a trial on")
@@ -176,10 +176,13 @@ def _trial_s(plan: Plan, replica: Replica, prompts: Sequence[Prompt], num_steps:
     return sum(evaluate(replica, ratios, prompts, plan.reward).seconds.values())
 
 
-def _disk(plan: Plan, num_trials: int) -> tuple[float, float]:
+def _disk(plan: Plan, num_trials: int) -> tuple[float, float | None]:
     """Return the GiB that the results take and that are free. Raises ConfigError if too few."""
-    folder = next(path for path in plan.folder.parents if path.exists())
-    needed, free = num_trials * _BYTES_PER_TRIAL, shutil.disk_usage(folder).free
+    needed, local = num_trials * _BYTES_PER_TRIAL, plan.folder.local
+    if local is None:
+        return needed / GIB, None
+    folder = next(path for path in local.parents if path.exists())
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConfigError(
             f"{folder} has {free / GIB:.2f} GiB free and the results may take "

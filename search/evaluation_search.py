@@ -17,10 +17,11 @@ from crdiff_core.ratios import BlockRatios
 from search.batching import Batching
 from search.budget import Budget, Use
 from search.evaluations import Batch, Evaluation, Evaluations, Kind, OpenEvaluation
-from search.ledger import Ledger, LedgerError, Recipe
+from search.ledger import Ledger, Recipe
 from search.racing import Expectation, Race
 from search.searchers import AnnealingSearch
 from search.space import Candidate, Space
+from search.storage import StorageError
 
 METRIC = "reward"
 # Failed evaluations after which a search that has seen no success gives up.
@@ -169,10 +170,14 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         evaluation, batch = self._trials.pop(trial_id)
         try:
             self._work.settle(evaluation, batch, result, error)
-        except LedgerError as broken:
-            self.failure = str(broken)
+        except StorageError as broken:
+            self.fail(str(broken))
         else:
             self._tell(evaluation)
+
+    def fail(self, reason: str) -> None:
+        """End the search with what it has; from any thread."""
+        self.failure = reason
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
         """Return True: batches are handed out as workers ask for them, without a limiter."""

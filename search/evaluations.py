@@ -172,7 +172,7 @@ class Evaluations:
     ) -> None:
         """Write what a trial brought to the ledger, or hand its batch out again.
 
-        Raises LedgerError if it cannot be written.
+        Raises StorageError if it cannot be written.
         """
         if result is None and not error:  # Ended by Ray before it began: not its fault.
             evaluation.todo.extendleft(reversed(batch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -21,6 +22,7 @@ from search.comparison import Comparison, compare
 from search.config import Config, ConfigError
 from search.evaluations import Evaluation
 from search.plan import EARLIER, RUN_FILE, Plan
+from search.storage import Storage
 
 RATIOS_FILE = "best_ratios.json"
 HISTORY_FILE = "history.parquet"
@@ -35,23 +37,26 @@ def validated(plan: Plan) -> Comparison | None:
     return compare(winner.rewards, dense.rewards)
 
 
-def write_ratios(plan: Plan) -> Path:
-    """Write best_ratios.json of a finished search; return its path. Raises ConfigError."""
+def write_ratios(plan: Plan) -> Storage:
+    """Write best_ratios.json of a finished search; return its place.
+
+    Raises ConfigError, or StorageError if it cannot be written.
+    """
     winner = plan.search.winner
     if winner is None:
         raise ConfigError(
             f"{plan.folder}: this search is not finished: run it again, it goes on where it was"
         )
-    path = plan.folder / RATIOS_FILE
-    RatiosFile(
+    found = RatiosFile(
         model=plan.model.name,
         resolution=plan.config.res,
         score=winner.mean,
         ratios=winner.ratios,
         poa_weight=winner.candidate.poa_weight,
         provenance=_provenance(plan, winner),
-    ).write(path)
-    return path
+    )
+    plan.folder.write(RATIOS_FILE, found.as_json().encode())
+    return plan.folder / RATIOS_FILE
 
 
 def _provenance(plan: Plan, winner: Evaluation) -> dict[str, Any]:
@@ -124,9 +129,9 @@ def write_history(plan: Plan) -> None:
         )
     rows += [_row(e) for e in search.known_evaluations if e.key not in taken]
     rows += [_row(e) for e in others if e.kind != "dense"]
-    draft = plan.folder / f".{HISTORY_FILE}"
-    pq.write_table(pa.Table.from_pylist(rows, schema=_HISTORY), draft)
-    draft.replace(plan.folder / HISTORY_FILE)
+    data = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_HISTORY), data)
+    plan.folder.write(HISTORY_FILE, data.getvalue())
 
 
 _HISTORY = pa.schema(
@@ -164,24 +169,24 @@ def _row(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def load_plan(folder: Path) -> Plan:
+def load_plan(place: str | Path) -> Plan:
     """Make the plan of an earlier run again, from the settings in its folder."""
-    file = folder / RUN_FILE
+    folder = Storage.at(place)
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(folder.read(RUN_FILE) or b"")
         raw, key = record["config"], record["key"]
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{folder} is not the folder of a run (no readable {RUN_FILE}): give one, such as "
             "runs/shapes_24x40/annealing-seed0"
         ) from error
-    if folder.absolute().parent.name == EARLIER:
+    if folder.parent.name == EARLIER:
         raise ConfigError(
             f"{folder} holds the results of earlier settings, not a run of its own: run the "
             f"command in its {RUN_FILE} again, the ledger has its rewards"
         )
     # The folder may have been moved: its own place counts, not the one it was made at.
-    plan = Plan.make(Config.parse({**raw, "output": str(folder.absolute().parents[1])}))
+    plan = Plan.make(Config.parse({**raw, "output": str(folder.parent.parent)}))
     if plan.key != key:
         raise ConfigError(
             f"{folder} was made with another model, reward or prompts than these settings give "
@@ -193,7 +198,7 @@ def load_plan(folder: Path) -> Plan:
 def main() -> int:
     """Export the best ratios of a finished run again, from the ledger."""
     parser = argparse.ArgumentParser(prog="python -m search.export", description=main.__doc__)
-    parser.add_argument("run", type=Path, help="folder, such as runs/shapes_24x40/annealing-seed0")
+    parser.add_argument("run", help="folder, such as runs/shapes_24x40/annealing-seed0")
     try:
         plan = load_plan(parser.parse_args().run)
         plan.search.replay()

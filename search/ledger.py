@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
-import os
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from crdiff_core.errors import CRDiffError
 from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import GROUPS, BlockRatios, Group, Resolution
 from search.space import Candidate
+from search.storage import Storage
 
 if TYPE_CHECKING:
     from crdiff_core.evaluation import Measurement
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class LedgerError(CRDiffError):
-    """The ledger's folder cannot be read or written."""
+# Files read at once: an object store takes its time for each.
+_NUM_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -131,48 +132,57 @@ class Spent:
 class Ledger:
     """An append-only folder of Parquet files, one row for each (evaluation key, prompt, seed).
 
-    A batch's rows become durable together, by fsync and rename, before `append` returns. Several
-    drivers may append to one folder. Where a row is there twice, the first one written counts.
+    A batch's rows become durable together before `append` returns. Several drivers may append to
+    one folder. Where a row is there twice, the first one written counts.
     """
 
-    def __init__(self, folder: Path, *, run: str = "", retry_failed: bool = False) -> None:
+    def __init__(
+        self, storage: Storage | str | Path, *, run: str = "", retry_failed: bool = False
+    ) -> None:
         """Read what is there.
 
         run:          name of the search that appends.
         retry_failed: forget recorded failures, so that they are evaluated again.
-        Raises LedgerError if the folder cannot be made or read.
+        Raises StorageError if the folder cannot be made or read.
         """
-        self.folder = folder
+        self.storage = storage if isinstance(storage, Storage) else Storage.at(storage)
         self.candidates: dict[str, Candidate] = {}
         """What each key stands for, whichever search evaluated it."""
         self.spent = Spent()
         self._run = run
         self._retry_failed = retry_failed
         self._entries: dict[tuple[str, str, int], Entry] = {}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            rows = self.table().to_pylist()
-        except OSError as error:
-            raise LedgerError(
-                f"{folder}: {error.strerror or error}: set output to a folder you may write"
-            ) from error
-        for row in rows:
+        self._names: list[str] = []
+        self.storage.make()
+        for row in self.table().to_pylist():
             sparsity = {group: row[f"sparsity_{group}"] for group in GROUPS}
             self._add(row, sparsity)
 
     def table(self) -> pa.Table:
         """Return every row, oldest file first, for reading in pandas or DuckDB."""
-        tables = []
-        for path in sorted(self.folder.glob("*.parquet")):
-            try:
-                # Not memory-mapped, so that no open file outlives the call.
-                # Nor does a folder named a=b above it count as a column.
-                tables.append(
-                    pq.read_table(path, schema=SCHEMA, memory_map=False, partitioning=None)
-                )
-            except (pa.ArrowInvalid, pa.ArrowTypeError, KeyError) as error:
-                log.warning("%s is not a ledger file and is left out: %s", path, error)
+        self._names = self._files()
+        with ThreadPoolExecutor(_NUM_READERS) as readers:
+            tables = [each for each in readers.map(self._read, self._names) if each is not None]
         return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether others have written to it since it was read."""
+        return self._files() != self._names
+
+    def _files(self) -> list[str]:
+        return sorted(name for name in self.storage.files() if name.endswith(".parquet"))
+
+    def _read(self, name: str) -> pa.Table | None:
+        data = self.storage.read(name)
+        if data is None:
+            return None
+        try:
+            return pq.read_table(io.BytesIO(data), schema=SCHEMA)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, KeyError, OSError) as error:
+            reason = str(error).partition("\n")[0]
+            log.warning("%s is no ledger file and is left out: %s", self.storage / name, reason)
+            return None
 
     def get(self, key: str, prompt: Prompt) -> Entry | None:
         """Return what is known of a prompt under a key."""
@@ -188,7 +198,7 @@ class Ledger:
         """Write the rows of one prompt batch, durably.
 
         outcome: what was measured, or in one line why it failed.
-        Raises LedgerError if they cannot be written.
+        Raises StorageError if they cannot be written.
         """
         failed = isinstance(outcome, str)
         rewards = (None,) * len(prompts) if isinstance(outcome, str) else outcome.rewards
@@ -236,28 +246,8 @@ class Ledger:
             self._entries[key] = entry
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        data = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), data)
         # Time first, so that files sort by age.
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}.parquet"
-        draft, target = self.folder / f".{name}", self.folder / name
-        try:
-            with draft.open("wb") as file:
-                pq.write_table(table, file)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(target)
-            _sync_folder(self.folder)
-        except OSError as error:
-            draft.unlink(missing_ok=True)
-            raise LedgerError(
-                f"{target}: {error.strerror or error}: free space there or set output to another "
-                "folder; what was measured before is kept"
-            ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        self.storage.write(name, data.getvalue())

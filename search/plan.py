@@ -26,6 +26,7 @@ from search.ledger import Ledger, Recipe
 from search.racing import Race
 from search.searchers import AnnealingSearch
 from search.space import Candidate, Space
+from search.storage import Storage
 
 RUN_FILE = "run.json"
 # Where a run's folder keeps its results under other settings.
@@ -45,12 +46,13 @@ class Plan:
     """
 
     config: Config
-    folder: Path
+    folder: Storage
     key: str
     model: Model
     recipe: Recipe
     reward: Reward
     prompt_sets: dict[str, PromptSet]
+    ledger: Ledger
     searcher: Searcher
     search: EvaluationSearch
 
@@ -69,7 +71,7 @@ class Plan:
         recipe = _recipe(config, model, reward)
         prompt_sets = choose_prompts(config)
         reward.check([each.text for prompts in prompt_sets.values() for each in prompts.prompts])
-        cell = Path(config.output).absolute() / f"{model.name}_{config.res}"
+        cell = Storage.at(config.output) / f"{model.name}_{config.res}"
         folder = cell / _folder_name(config)
         key = _key(config, recipe, prompt_sets)
         record = _record_of(folder, key)
@@ -98,7 +100,9 @@ class Plan:
             gpus_per_trial=config.cluster.gpus_per_trial,
             earlier_wall_s=record.get("wall_s", 0.0),
         )
-        return cls(config, folder, key, model, recipe, reward, prompt_sets, searcher, search)
+        return cls(
+            config, folder, key, model, recipe, reward, prompt_sets, ledger, searcher, search
+        )
 
 
 def _recipe(config: Config, model: Model, reward: Reward) -> Recipe:
@@ -199,12 +203,12 @@ def _folder_name(config: Config) -> str:
     return "-".join([*parts, f"seed{config.seed}"])
 
 
-def _record_of(folder: Path, key: str) -> dict[str, Any]:
+def _record_of(folder: Storage, key: str) -> dict[str, Any]:
     """Return what earlier sessions of this search recorded, as far as it can be read."""
     try:
-        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        record = json.loads(folder.read(RUN_FILE) or b"{}")
         return dict(record) if record["key"] == key else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return {}
 
 

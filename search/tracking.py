@@ -7,6 +7,7 @@ import math
 import os
 import queue
 import shlex
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -68,7 +69,11 @@ class Tracker:
         self._jobs.put(lambda: self._chart(step, metrics))
 
     def finish(
-        self, status: Status, metrics: Mapping[str, float], tags: Mapping[str, str], *files: Path
+        self,
+        status: Status,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+        files: Mapping[str, bytes],
     ) -> None:
         """Close the parent run, with its last metrics and files, and wait for the thread."""
         self._jobs.put(lambda: self._close(status, metrics, tags, files))
@@ -199,7 +204,7 @@ class Tracker:
         status: Status,
         metrics: Mapping[str, float],
         tags: Mapping[str, str],
-        files: tuple[Path, ...],
+        files: Mapping[str, bytes],
     ) -> None:
         from mlflow.entities import Metric, RunTag
 
@@ -209,6 +214,9 @@ class Tracker:
             metrics=[Metric(k, v, now, 0) for k, v in metrics.items() if math.isfinite(v)],
             tags=[RunTag(key, value) for key, value in tags.items()],
         )
-        for file in files:
-            self._client.log_artifact(self.run_id, str(file))
+        with tempfile.TemporaryDirectory() as folder:
+            for name, data in files.items():
+                path = Path(folder) / name
+                path.write_bytes(data)
+                self._client.log_artifact(self.run_id, str(path))
         self._client.set_terminated(self.run_id, status)

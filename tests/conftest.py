@@ -2,6 +2,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import urllib.request
 
 import pytest
 
@@ -71,3 +72,36 @@ def sdxl_folder(tmp_path_factory):
     from tests.pipelines import save_sdxl
 
     return save_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """An S3 of our own with one bucket; how a place in it ends."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    bucket = urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")
+    urllib.request.urlopen(bucket).close()
+    yield f"?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, tmp_path, monkeypatch):
+    """A place in it for one test."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return f"s3://bucket/{tmp_path.name}{s3_server}"
+
+
+@pytest.fixture(params=["a folder", "s3"])
+def place(request, tmp_path):
+    """Where results may be kept: a local folder, or an object store."""
+    return (
+        str(tmp_path / "a folder")
+        if request.param == "a folder"
+        else request.getfixturevalue("s3")
+    )

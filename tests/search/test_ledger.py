@@ -9,7 +9,8 @@ import pytest
 from crdiff_core.evaluation import Measurement
 from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import BlockRatios
-from search.ledger import SCHEMA, Ledger, LedgerError
+from search.ledger import SCHEMA, Ledger
+from search.storage import StorageError
 from tests.search.landscapes import RECIPE
 
 RATIOS = BlockRatios(0.3, 0.2, 0.1)
@@ -94,7 +95,7 @@ def test_a_torn_file_is_left_out_with_a_warning(tmp_path, caplog):
 
     with caplog.at_level(logging.WARNING):
         assert Ledger(tmp_path).table().num_rows == 2
-    assert "torn.parquet is not a ledger file" in caplog.text
+    assert "torn.parquet is no ledger file" in caplog.text
 
 
 def test_files_carry_the_schema_version(tmp_path):
@@ -108,7 +109,7 @@ def test_files_carry_the_schema_version(tmp_path):
 def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(LedgerError, match=r"^[^\n]*set output to a folder you may write$"):
+    with pytest.raises(StorageError, match=r"^[^\n]*set output to a place you may write$"):
         Ledger(tmp_path / "file" / "ledger")
 
 
@@ -119,7 +120,7 @@ def test_a_write_that_fails_keeps_what_was_there_and_no_draft(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(LedgerError, match="No space left on device: free space there"):
+    with pytest.raises(StorageError, match="No space left on device: free space there"):
         ledger.append(RECIPE, BlockRatios(), PROMPTS, MEASURED)
     monkeypatch.undo()
 

@@ -153,7 +153,7 @@ def test_a_warm_start_is_what_there_was_when_the_search_began(tmp_path):
     warm = ("searcher=tpe", "searcher.warm_start=true")
     evaluate(0.4)
     first = plan(tmp_path, *warm)
-    first.folder.mkdir(parents=True)
+    first.folder.make()
     begin_folder(first, "command")
     evaluate(0.5)
     again = plan(tmp_path, *warm)
