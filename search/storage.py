@@ -12,6 +12,8 @@ from pyarrow import ArrowException, fs
 
 from crdiff_core.errors import CRDiffError
 
+_REMEDY = "set output to a place you may read and write"
+
 
 class StorageError(CRDiffError):
     """A place cannot be reached, read or written."""
@@ -77,7 +79,7 @@ class Storage:
         try:
             self.filesystem.create_dir(self.path, recursive=True)
         except OSError as error:
-            raise self._failed(error, "set output to a place you may write") from error
+            raise self._failed(error, _REMEDY) from error
 
     def read(self, name: str) -> bytes | None:
         """Return a file's bytes; None if it is not there."""
@@ -87,7 +89,7 @@ class Storage:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise (self / name)._failed(error, "set output to a place you may read") from error
+            raise (self / name)._failed(error, _REMEDY) from error
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file, whole, in place of what had its name."""
@@ -108,7 +110,7 @@ class Storage:
         try:
             self.filesystem.move(f"{self.path}/{name}", f"{target.path}/{name}")
         except OSError as error:
-            raise (self / name)._failed(error, "set output to a place you may write") from error
+            raise (self / name)._failed(error, _REMEDY) from error
 
     def delete(self, name: str) -> None:
         """Delete a file, if it is there."""
@@ -117,7 +119,7 @@ class Storage:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise (self / name)._failed(error, "set output to a place you may write") from error
+            raise (self / name)._failed(error, _REMEDY) from error
 
     def files(self) -> dict[str, float]:
         """Return the names of the files in the folder, and when each was written, by its clock.
@@ -128,7 +130,7 @@ class Storage:
         try:
             found = self.filesystem.get_file_info(selector)
         except OSError as error:
-            raise self._failed(error, "set output to a place you may read") from error
+            raise self._failed(error, _REMEDY) from error
         return {
             each.base_name: (each.mtime_ns or 0) / 1e9
             for each in found
@@ -158,6 +160,7 @@ def _write_durably(path: Path, data: bytes) -> None:
 
 
 def _reason(error: Exception) -> str:
-    # pyarrow's own texts go on for lines, and some name requests.
+    # pyarrow's own texts go on for lines, say the path again, and some name requests.
     text = getattr(error, "strerror", None) or str(error)
+    text = text.rpartition("Detail: ")[2].split("] ", 1)[-1]
     return " ".join(text.split())[:200]

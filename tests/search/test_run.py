@@ -146,4 +146,4 @@ def test_an_output_that_cannot_be_written_is_one_clear_line(search, tmp_path):
     code, _, err = search(f"output={tmp_path / 'file'}")
 
     assert code == 2
-    assert err.endswith("set output to a folder you may write\n")
+    assert err.endswith("Not a directory: set output to a place you may read and write\n")

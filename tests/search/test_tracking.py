@@ -16,7 +16,7 @@ def experiment(tmp_path):
     return Experiment(f"sqlite:///{tmp_path / 'mlflow.db'}", "crdiff-test", artifacts)
 
 
-def track(experiment, search, status="FINISHED", files=()):
+def track(experiment, search, status="FINISHED", files=None):
     tracker = Tracker(experiment, "key0", "analytic_24x40 annealing-seed0")
     tracker.start(PARAMS, {"model": "analytic"})
     for evaluation in search.evaluations:
@@ -25,7 +25,7 @@ def track(experiment, search, status="FINISHED", files=()):
         tracker.chart(
             number, {"reward": math.nan if step.reward is None else step.reward, "temp": 0.1}
         )
-    tracker.finish(status, {"validation_difference": 0.01}, {"verdict": "better"}, *files)
+    tracker.finish(status, {"validation_difference": 0.01}, {"verdict": "better"}, files or {})
     return tracker
 
 
@@ -44,10 +44,8 @@ def runs(experiment):
     return client, parents, children
 
 
-def test_a_search_is_a_parent_run_with_a_child_for_each_evaluation(experiment, search, tmp_path):
-    file = tmp_path / "best_ratios.json"
-    file.write_text("{}")
-    tracker = track(experiment, search, files=[file])
+def test_a_search_is_a_parent_run_with_a_child_for_each_evaluation(experiment, search):
+    tracker = track(experiment, search, files={"best_ratios.json": b"{}"})
     client, (parent,), children = runs(experiment)
 
     assert tracker.error is None
