@@ -109,9 +109,7 @@ def test_files_carry_the_schema_version(tmp_path):
 def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(
-        StorageError, match=r"^[^\n]*set output to a place [^\n]*$"
-    ):
+    with pytest.raises(StorageError, match=r"^[^\n]*set output to a place [^\n]*$"):
         Ledger(tmp_path / "file" / "ledger")
 
 
