@@ -4,8 +4,12 @@ import shutil
 import tempfile
 import urllib.request
 
+import hypothesis
 import pytest
 
+# No test is timed: a machine that is taken would fail it.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 # Before torch is imported: the tests' processes share the cores, and threads that wait for one
 # another cost several times what they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
