@@ -21,6 +21,7 @@ def far(environment, s3):
     }
 
 
+@pytest.mark.slow
 def test_a_search_keeps_everything_in_an_object_store_and_goes_on_from_there(s3, far):
     _, first = search(f'"{s3}"', far, "tracking=none", *SMALL)
     assert first.returncode == 0, first.stderr
