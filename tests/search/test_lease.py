@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -57,7 +58,7 @@ def test_another_process_of_the_same_number_is_not_the_driver(tmp_path):
     left_by(storage, began=psutil.Process().create_time() - 100)
 
     with Lease(storage):
-        pass
+        assert json.loads(storage.read(FILE))["id"] != "another"
 
 
 def test_a_driver_on_another_machine_counts_until_it_is_silent_for_long(storage):
@@ -97,4 +98,4 @@ def test_a_torn_lease_keeps_nobody_off(storage):
     storage.write(FILE, b'{"id": "tor')
 
     with Lease(storage):
-        pass
+        assert json.loads(storage.read(FILE))["process"] == os.getpid()
