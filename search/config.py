@@ -262,6 +262,7 @@ class TrialSettings(Settings):
     """What happens when a trial fails."""
 
     max_failures: Annotated[int, Field(ge=0)]
+    timeout_s: Annotated[float, Field(gt=0)] | None
     retry_failed: bool
 
 

@@ -194,6 +194,7 @@ def _fit(plan: Plan, command: str) -> None:
             prompt_sets=plan.prompt_sets,
             device="cuda" if on_gpu else "cpu",
             num_threads=settings.cpus_per_trial,
+            timeout_s=plan.config.trial.timeout_s,
         )
         trainable = tune.with_parameters(RatioTrial, setup=pickle.dumps(setup))
         tune.Tuner(

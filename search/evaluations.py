@@ -179,7 +179,10 @@ class Evaluations:
             return
         failure: str | None = (result or {}).get("failure")
         if result is None:
-            failure = "its worker died again and again, or could not start: see the ray log"
+            failure = (
+                "its worker died again and again, could not start, or took longer than "
+                "trial.timeout_s: see the ray log"
+            )
         if failure is None:
             assert result is not None
             measured: Measurement = result["measured"]
