@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import pickle
+import signal
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from crdiff_core.errors import CRDiffError
-from crdiff_core.ratios import GROUPS
 from search.cluster import connect, num_workers, start_at_once
 from search.comparison import Comparison
 from search.config import Config, ConfigError
-from search.evaluation_search import Step
+from search.evaluation_search import EvaluationSearch
 from search.evaluations import Evaluation
 from search.export import HISTORY_FILE, RATIOS_FILE, validated, write_history, write_ratios
 from search.lease import Lease
-from search.plan import EARLIER, RUN_FILE, Plan, reward_options
+from search.plan import EARLIER, RUN_FILE, Plan, read_record, reward_options
 from search.progress import Progress
-from search.storage import Storage
-from search.tracking import Experiment, Tracker
+from search.storage import Storage, StorageError
+from search.sync import TrackedSearch
+from search.tracking import Status, Tracker
 from search.trial import RatioTrial, TrialSetup
 
 log = logging.getLogger(__name__)
@@ -83,15 +86,19 @@ def run(config: Config, command: str, progress: Progress) -> Outcome:
 
 def _run(plan: Plan, command: str, progress: Progress) -> Outcome:
     search = plan.search
-    _begin_folder(plan, command)
-    tracker = _tracker(plan)
-    status = "KILLED"
+    began_s = time.monotonic()
+    tracked = TrackedSearch(plan) if plan.config.tracking.name != "none" else None
+    status: Status = "KILLED"
     try:
-        _follow(plan, command, tracker, progress)
+        _begin_folder(plan, command)
+        _follow(plan, command, tracked, progress)
         if not search.replay():
             progress.begin(search)
             _fit(plan, command)
-        write_history(plan)
+        try:
+            write_history(plan)
+        except StorageError as broken:
+            search.fail(str(broken))
         if search.failure is not None:
             status = "FAILED"
             raise SearchFailedError(search.failure)
@@ -101,8 +108,10 @@ def _run(plan: Plan, command: str, progress: Progress) -> Outcome:
         status = "FINISHED"
     finally:
         progress.close()
-        if tracker is not None:
-            _finish_tracking(plan, tracker, status)
+        if tracked is not None:
+            took_s = time.monotonic() - began_s
+            # Nobody waits for MLflow longer than for a twentieth of what was paid for.
+            tracked.close(status, max(5.0, 0.05 * took_s) if search.num_drawn else 60.0)
     winner, dense = search.winner, search.of("dense")
     assert winner is not None
     assert dense is not None
@@ -119,7 +128,7 @@ def _run(plan: Plan, command: str, progress: Progress) -> Outcome:
         off_path=search.best_off_path,
         ended_by=search.ended_by,
         is_weight_searched=plan.config.space.poa_weight is not None,
-        tracker=tracker,
+        tracker=tracked.tracker if tracked else None,
     )
 
 
@@ -127,11 +136,7 @@ def _begin_folder(plan: Plan, command: str) -> None:
     """Record the settings; keep the results of an earlier search with other settings."""
     folder = plan.folder
     folder.make()
-    try:
-        earlier = json.loads(folder.read(RUN_FILE) or b"{}").get("key", plan.key)
-    except (ValueError, AttributeError):  # It was torn, or is not ours.
-        earlier = None
-    if earlier != plan.key:
+    if folder.read(RUN_FILE) is not None and read_record(folder).get("key") != plan.key:
         kept = folder / EARLIER / f"{datetime.now():%Y%m%d-%H%M%S}"
         kept.make()
         for name in (RUN_FILE, RATIOS_FILE, HISTORY_FILE):
@@ -164,7 +169,11 @@ def _fit(plan: Plan, command: str) -> None:
     """Hand the evaluations' prompt batches to Ray Tune until there are no more, or Ctrl-C."""
     from ray import tune
 
-    with connect(plan.config.cluster) as resources, tempfile.TemporaryDirectory() as scratch:
+    with (
+        connect(plan.config.cluster) as resources,
+        _drained_on_sigterm(plan.search),
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         settings = plan.config.cluster
         on_gpu = "gpu" in resources
         if not on_gpu and settings.device == "auto" and plan.model.dtype == "float16":
@@ -214,100 +223,34 @@ def _fit(plan: Plan, command: str) -> None:
         ).fit()
 
 
-# --- what the driver tells others --------------------------------------------------------------
+@contextmanager
+def _drained_on_sigterm(search: EvaluationSearch) -> Iterator[None]:
+    """Let a driver that is preempted finish, and write down, what is being drawn."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # Ray has just set one that exits at once.
+    earlier = signal.signal(signal.SIGTERM, lambda *_: search.stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
-def _tracker(plan: Plan) -> Tracker | None:
-    settings = plan.config.tracking
-    if settings.name == "none":
-        return None
-    experiment = Experiment(settings.uri, settings.experiment)
-    if not settings.uri:
-        output = plan.folder.parent.parent.local
-        if output is None:
-            raise ConfigError(
-                f"MLflow's database cannot lie in {plan.config.output}: set tracking.uri to a "
-                "server's, or tracking=none"
-            )
-        experiment = Experiment(
-            f"sqlite:///{output / 'mlflow.db'}",
-            settings.experiment,
-            (output / "mlartifacts").as_uri(),
-        )
-    name = f"{plan.folder.parent.name} {plan.folder.name}"
-    return Tracker(experiment, plan.key, name)
-
-
-def _follow(plan: Plan, command: str, tracker: Tracker | None, progress: Progress) -> None:
+def _follow(plan: Plan, command: str, tracked: TrackedSearch | None, progress: Progress) -> None:
+    """Show, record and pass on every evaluation from now on, and those there are already."""
     search = plan.search
-    charted = 0
 
-    def tell(evaluation: Evaluation) -> None:
-        nonlocal charted
+    def tell(_: Evaluation) -> None:
         progress.evaluation(search)
         if search.num_drawn:
-            # The time taken so far, and the batch size that memory has left.
-            _record(plan, command)
-        if tracker is None:
-            return
-        tracker.evaluation(evaluation)
-        if evaluation.kind == "dense":
-            tracker.chart(0, {"dense_reward": evaluation.mean})
-        steps = search.steps
-        for number in range(charted, len(steps)):
-            tracker.chart(number + 1, _charts(steps[: number + 1]))
-        charted = len(steps)
+            try:  # The time taken so far, and the batch size that memory has left.
+                _record(plan, command)
+            except StorageError as broken:
+                search.fail(str(broken))
+        if tracked is not None:
+            tracked.update()
 
     search.on_evaluation = tell
-    if tracker is not None:
-        tracker.start(
-            params=_flat(plan.config.model_dump(mode="json")),
-            tags={
-                "model": plan.model.name,
-                "resolution": str(plan.config.res),
-                "searcher": plan.config.searcher.name,
-                "revision": plan.recipe.revision,
-            },
-        )
-    for evaluation in search.evaluations:
-        tell(evaluation)
-
-
-def _charts(steps: list[Step]) -> dict[str, float]:
-    """Return the parent run's points for the last of these steps."""
-    last = steps[-1]
-    scored = [step.evaluation.mean for step in steps if not step.lost_race]
-    best = max((mean for mean in scored if not math.isnan(mean)), default=math.nan)
-    return {
-        "reward": math.nan if last.reward is None else last.reward,
-        "best_reward": best,
-        "temperature": math.nan if last.temperature is None else last.temperature,
-    }
-
-
-def _finish_tracking(plan: Plan, tracker: Tracker, status: str) -> None:
-    comparison = validated(plan)
-    metrics: dict[str, float] = {}
-    tags = {}
-    if comparison is not None:
-        metrics = {
-            "validation_difference": comparison.difference,
-            "validation_low": comparison.low,
-            "validation_high": comparison.high,
-        }
-        tags = {"verdict": comparison.verdict}
-    winner = plan.search.winner
-    if winner is not None:
-        metrics |= {f"best_ratio_{group}": winner.ratios[group] for group in GROUPS}
-    files = {name: plan.folder.read(name) for name in (RUN_FILE, HISTORY_FILE, RATIOS_FILE)}
-    tracker.finish(status, metrics, tags, {name: data for name, data in files.items() if data})
-
-
-def _flat(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in raw.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    if tracked is not None:
+        tracked.update()

@@ -127,6 +127,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         self._drawn: list[int] = []
         self._num_suggested = 0
         self._exhausted = False
+        self._is_stopped = False
         self._dense = Candidate(BlockRatios(), recipe.poa_weight)
         self._begin("dense", self._dense, "search")
         self._warm: list[Evaluation] = []
@@ -139,7 +140,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         """Return the next prompt batch to draw; None if there is none just now."""
         if self._began_s is None:
             self._began_s = self._latest_s = self._clock()
-        while not self.finished:
+        while not (self.finished or self._is_stopped):
             if len(self._trials) >= self.max_trials:
                 return None
             evaluation = self._most_needed()
@@ -176,8 +177,12 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             self._tell(evaluation)
 
     def fail(self, reason: str) -> None:
-        """End the search with what it has; from any thread."""
-        self.failure = reason
+        """End the search with what it has; from any thread. The first reason counts."""
+        self.failure = self.failure or reason
+
+    def stop(self) -> None:
+        """Hand out nothing more; what is being drawn is still taken."""
+        self._is_stopped = True
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
         """Return True: batches are handed out as workers ask for them, without a limiter."""

@@ -34,6 +34,7 @@ class Evaluation:
     is_stopped:   whether it was left unfinished: it had lost its race, or was no longer needed.
     estimate:     of the mean reward, where a race was lost; for the searcher alone.
     seconds:      GPU or CPU time of its pictures, whenever they were drawn.
+    measured_at:  when the last of them was, in seconds since 1970; 0 if none was.
     num_rendered: pictures drawn for it in this run; 0 if the ledger knew it all.
     """
 
@@ -48,6 +49,7 @@ class Evaluation:
     estimate: float | None
     sparsity: Mapping[Group, float]
     seconds: float
+    measured_at: float
     num_rendered: int
 
     @property
@@ -257,6 +259,7 @@ class Evaluations:
             estimate=estimate,
             sparsity=next((entry.sparsity for entry in entries if entry.reward is not None), {}),
             seconds=sum(entry.seconds for entry in entries),
+            measured_at=max((entry.measured_at for entry in entries), default=0.0),
             num_rendered=evaluation.num_rendered,
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
 import sys
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from crdiff_core.ratios import GROUPS, RatiosFile
 from search.comparison import Comparison, compare
 from search.config import Config, ConfigError
 from search.evaluations import Evaluation
-from search.plan import EARLIER, RUN_FILE, Plan
+from search.plan import EARLIER, RUN_FILE, Plan, read_record
 from search.storage import Storage
 
 RATIOS_FILE = "best_ratios.json"
@@ -60,7 +59,6 @@ def write_ratios(plan: Plan) -> Storage:
 
 
 def _provenance(plan: Plan, winner: Evaluation) -> dict[str, Any]:
-
     comparison = validated(plan)
     searched = {step.evaluation.key: step.evaluation for step in plan.search.steps}
     use = plan.search.use
@@ -172,10 +170,10 @@ def _row(evaluation: Evaluation) -> dict[str, Any]:
 def load_plan(place: str | Path) -> Plan:
     """Make the plan of an earlier run again, from the settings in its folder."""
     folder = Storage.at(place)
+    record = read_record(folder)
     try:
-        record = json.loads(folder.read(RUN_FILE) or b"")
-        raw, key = record["config"], record["key"]
-    except (ValueError, KeyError, TypeError) as error:
+        raw, key = dict(record["config"]), record["key"]
+    except (KeyError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{folder} is not the folder of a run (no readable {RUN_FILE}): give one, such as "
             "runs/shapes_24x40/annealing-seed0"

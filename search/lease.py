@@ -50,6 +50,12 @@ class Lease:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody works on the search."""
+        holder = self._holder()
+        return holder is None or self._is_over(holder)
+
     def __enter__(self) -> Lease:
         """Take the lease. Raises LeaseError if another driver has it, and StorageError."""
         holder = self._holder()
@@ -106,8 +112,10 @@ class Lease:
             return not _is_running(holder["process"], holder["began"])
         probe = f"{_FILE}.{self._mine['id']}"
         self._storage.write(probe, b"")
-        written = self._storage.files()
-        self._storage.delete(probe)
+        try:
+            written = self._storage.files()
+        finally:
+            self._storage.delete(probe)
         return _FILE not in written or written[probe] - written[_FILE] > self._lapse_s
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import ArrowException
 
+from crdiff_core.errors import CRDiffError
 from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import GROUPS, BlockRatios, Group, Resolution
 from search.space import Candidate
-from search.storage import Storage
+from search.storage import Storage, StorageError
 
 if TYPE_CHECKING:
     from crdiff_core.evaluation import Measurement
@@ -30,6 +33,10 @@ log = logging.getLogger(__name__)
 
 # Files read at once: an object store takes its time for each.
 _NUM_READERS = 16
+
+
+class LedgerError(CRDiffError):
+    """A ledger that this version cannot use."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,11 @@ class Recipe:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+# Of a file's rows: what a newer version writes is refused, what an older one wrote is read, with
+# nulls where it had no column yet.
+VERSION = 1
+_VERSION_KEY = b"crdiff_ledger_schema"
+
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -102,18 +114,22 @@ SCHEMA = pa.schema(
         ("seconds", pa.float64()),
         ("measured_at", pa.timestamp("ms", tz="UTC")),
     ],
-    metadata={"crdiff_ledger_schema": "1"},
+    metadata={_VERSION_KEY: str(VERSION)},
 )
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the ledger knows of one prompt under one key: a reward, or why there is none."""
+    """What the ledger knows of one prompt under one key: a reward, or why there is none.
+
+    measured_at: in seconds since 1970.
+    """
 
     reward: float | None
     failure: str | None
     seconds: float
     sparsity: dict[Group, float]
+    measured_at: float
 
 
 @dataclass
@@ -143,7 +159,8 @@ class Ledger:
 
         run:          name of the search that appends.
         retry_failed: forget recorded failures, so that they are evaluated again.
-        Raises StorageError if the folder cannot be made or read.
+        Raises StorageError if the folder cannot be made or read, LedgerError if a newer version
+        has written to it.
         """
         self.storage = storage if isinstance(storage, Storage) else Storage.at(storage)
         self.candidates: dict[str, Candidate] = {}
@@ -153,6 +170,7 @@ class Ledger:
         self._retry_failed = retry_failed
         self._entries: dict[tuple[str, str, int], Entry] = {}
         self._names: list[str] = []
+        self._rescued: Path | None = None
         self.storage.make()
         for row in self.table().to_pylist():
             sparsity = {group: row[f"sparsity_{group}"] for group in GROUPS}
@@ -177,12 +195,24 @@ class Ledger:
         data = self.storage.read(name)
         if data is None:
             return None
+        place = self.storage / name
         try:
-            return pq.read_table(io.BytesIO(data), schema=SCHEMA)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, KeyError, OSError) as error:
-            reason = str(error).partition("\n")[0]
-            log.warning("%s is no ledger file and is left out: %s", self.storage / name, reason)
+            version = int((pq.read_schema(io.BytesIO(data)).metadata or {})[_VERSION_KEY])
+            if version <= VERSION:
+                return pq.read_table(
+                    io.BytesIO(data), schema=SCHEMA, page_checksum_verification=True
+                )
+        except KeyError:
+            log.warning("%s is no ledger file and is left out", place)
             return None
+        except (ArrowException, ValueError, OSError) as error:
+            reason = str(error).partition("\n")[0]
+            log.warning("%s cannot be read and is left out: %s", place, reason)
+            return None
+        raise LedgerError(
+            f"{place} was written by a newer version of crdiff-search (schema {version}, this one "
+            f"knows {VERSION}): update this one, or set output to another place"
+        )
 
     def get(self, key: str, prompt: Prompt) -> Entry | None:
         """Return what is known of a prompt under a key."""
@@ -198,7 +228,7 @@ class Ledger:
         """Write the rows of one prompt batch, durably.
 
         outcome: what was measured, or in one line why it failed.
-        Raises StorageError if they cannot be written.
+        Raises StorageError if they cannot be written; they are then kept on this machine.
         """
         failed = isinstance(outcome, str)
         rewards = (None,) * len(prompts) if isinstance(outcome, str) else outcome.rewards
@@ -237,7 +267,8 @@ class Ledger:
             self.spent.num_pictures += row["reward"] is not None
             self.spent.seconds += row["seconds"]
             self.spent.keys.add(row["key"])
-        entry = Entry(row["reward"], row["failure"], row["seconds"], sparsity)
+        measured_at = row["measured_at"].timestamp()
+        entry = Entry(row["reward"], row["failure"], row["seconds"], sparsity, measured_at)
         key = (row["key"], row["prompt"], row["seed"])
         known = self._entries.get(key)
         if entry.failure is not None and (self._retry_failed or known is not None):
@@ -247,7 +278,20 @@ class Ledger:
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         data = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), data)
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        pq.write_table(table, data, write_page_checksum=True)
         # Time first, so that files sort by age.
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}.parquet"
-        self.storage.write(name, data.getvalue())
+        try:
+            self.storage.write(name, data.getvalue())
+        except StorageError as broken:
+            raise StorageError(f"{broken}{self._rescue(name, data.getvalue())}") from broken
+
+    def _rescue(self, name: str, data: bytes) -> str:
+        """Keep on this machine what was paid for and cannot be written; say where."""
+        try:
+            self._rescued = self._rescued or Path(tempfile.mkdtemp(prefix="crdiff-ledger-"))
+            (self._rescued / name).write_bytes(data)
+        except OSError:  # Here there is no space either.
+            return ""
+        return f"; the rows just measured are in {self._rescued}: move them there, then run again"

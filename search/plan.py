@@ -74,7 +74,9 @@ class Plan:
         cell = Storage.at(config.output) / f"{model.name}_{config.res}"
         folder = cell / _folder_name(config)
         key = _key(config, recipe, prompt_sets)
-        record = _record_of(folder, key)
+        record = read_record(folder)
+        if record.get("key") != key:
+            record = {}
         # All searches of a cell share its ledger: a triple is drawn once for all of them.
         ledger = Ledger(cell / "ledger", run=key, retry_failed=config.trial.retry_failed)
         race = _race(config)
@@ -103,6 +105,14 @@ class Plan:
         return cls(
             config, folder, key, model, recipe, reward, prompt_sets, ledger, searcher, search
         )
+
+
+def read_record(folder: Storage) -> dict[str, Any]:
+    """Return what the sessions of the search in this folder recorded, as far as it is readable."""
+    try:
+        return dict(json.loads(folder.read(RUN_FILE) or b"{}"))
+    except (ValueError, TypeError):  # It was torn, or is not ours.
+        return {}
 
 
 def _recipe(config: Config, model: Model, reward: Reward) -> Recipe:
@@ -201,15 +211,6 @@ def _folder_name(config: Config) -> str:
     chains = getattr(config.searcher, "chains", 1)
     parts += [f"{chains}chains"] if chains > 1 else []
     return "-".join([*parts, f"seed{config.seed}"])
-
-
-def _record_of(folder: Storage, key: str) -> dict[str, Any]:
-    """Return what earlier sessions of this search recorded, as far as it can be read."""
-    try:
-        record = json.loads(folder.read(RUN_FILE) or b"{}")
-        return dict(record) if record["key"] == key else {}
-    except (ValueError, KeyError, TypeError):
-        return {}
 
 
 def _searcher(config: Config, space: Space, race: Race | None) -> Searcher:

@@ -86,7 +86,10 @@ def _summary(outcome: Outcome) -> list[str]:
         )
     tracker = outcome.tracker
     if tracker is not None and tracker.error is not None:
-        lines.append(f"MLflow          not reached ({tracker.error}): run again to fill it in")
+        lines.append(
+            f"MLflow          not filled ({tracker.error}): python -m search.sync "
+            f"{shlex.quote(str(outcome.ratios_file.parent))} does it"
+        )
     elif tracker is not None:
         lines.append(f"dashboard       {tracker.dashboard_command}")
     return lines

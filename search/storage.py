@@ -126,16 +126,23 @@ class Storage:
 
         In seconds since 1970; drafts that somebody is writing are not among them.
         """
-        selector = fs.FileSelector(self.path, allow_not_found=True)
-        try:
-            found = self.filesystem.get_file_info(selector)
-        except OSError as error:
-            raise self._failed(error, _REMEDY) from error
         return {
             each.base_name: (each.mtime_ns or 0) / 1e9
-            for each in found
+            for each in self._listed()
             if each.type == fs.FileType.File and not each.base_name.startswith(".")
         }
+
+    def folders(self) -> list[Storage]:
+        """Return the folders in it, by name."""
+        found = (each.base_name for each in self._listed() if each.type == fs.FileType.Directory)
+        return [self / name for name in sorted(found)]
+
+    def _listed(self) -> list[fs.FileInfo]:
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        try:
+            return list(self.filesystem.get_file_info(selector))
+        except OSError as error:
+            raise self._failed(error, _REMEDY) from error
 
     def _failed(self, error: OSError, remedy: str) -> StorageError:
         return StorageError(f"{self}: {_reason(error)}: {remedy}")

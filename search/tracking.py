@@ -10,10 +10,11 @@ import shlex
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from crdiff_core.ratios import GROUPS
 from search.evaluations import Evaluation
@@ -24,7 +25,12 @@ log = logging.getLogger(__name__)
 RUN_TAG = "crdiff.run"
 EVALUATION_TAG = "crdiff.evaluation"
 
-Status = str  # FINISHED, FAILED or KILLED, as MLflow has them.
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+# MLflow refuses longer values, and more of them at once.
+_LONGEST = 6000
+_MOST_PARAMS = 100
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -36,37 +42,57 @@ class Experiment:
     artifacts: str = ""
 
 
+@dataclass
+class _Child:
+    run_id: str
+    is_complete: bool = False
+
+
 class Tracker:
     """One MLflow parent run for a search, with a child run for each evaluation.
 
-    Everything is written by one background thread. Writing the same search again adds only what
-    is missing, so a replay from the ledger fills in whatever MLflow missed. If MLflow cannot be
-    reached, `error` says why, and the search goes on.
+    A background thread writes. While MLflow is out of reach or answers wrongly, `error` says why
+    and the thread tries again, ever later, beginning with what it then finds there: a request
+    that failed may have come through all the same. So nothing is written twice, in this session
+    or a later one, and whatever was missed is filled in.
+
+    abandoned: returns the run keys of searches whose driver is gone: their runs are closed.
     """
 
-    def __init__(self, experiment: Experiment, run_key: str, name: str) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        run_key: str,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        abandoned: Callable[[], Collection[str]] = tuple,
+    ) -> None:
         self.error: str | None = None
         self.run_id: str | None = None
         self.experiment_id: str | None = None
         self._experiment = experiment
         self._run_key = run_key
         self._name = name
-        self._known: set[str] = set()
+        self._params = {key: str(value)[:_LONGEST] for key, value in params.items()}
+        self._tags = {key: value[:_LONGEST] for key, value in tags.items()}
+        self._abandoned = abandoned
+        self._client: Any = None
+        self._children: dict[str, _Child] = {}
+        self._charted: set[int] = set()
+        self._metrics: dict[str, float] = {}
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._is_last_try = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
-
-    def start(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Open the parent run, or the one this search had before."""
-        self._jobs.put(lambda: self._open(params, tags))
         self._thread.start()
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Add an evaluation's child run."""
         self._jobs.put(lambda: self._add(evaluation))
 
-    def chart(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a point to each of the parent's charts."""
-        self._jobs.put(lambda: self._chart(step, metrics))
+    def chart(self, step: int, at: float, metrics: Mapping[str, float]) -> None:
+        """Add a point to each of the parent's charts; at: its time, in seconds since 1970."""
+        self._jobs.put(lambda: self._chart(step, at, metrics))
 
     def finish(
         self,
@@ -74,13 +100,20 @@ class Tracker:
         metrics: Mapping[str, float],
         tags: Mapping[str, str],
         files: Mapping[str, bytes],
+        patience_s: float,
     ) -> None:
-        """Close the parent run, with its last metrics and files, and wait for the thread."""
+        """Close the parent run, with its last metrics and files; wait that long for it at most."""
         self._jobs.put(lambda: self._close(status, metrics, tags, files))
         self._jobs.put(None)
-        self._thread.join(timeout=60)
-        if self._thread.is_alive():
-            self.error = "it did not answer within a minute"
+        self._is_last_try.set()
+        self._thread.join(timeout=patience_s)
+        if self._thread.is_alive() and self.error is None:
+            self.error = f"it was not done after {patience_s:.0f} s more"
+
+    @property
+    def num_waiting(self) -> int:
+        """About how many entries are still to be written."""
+        return self._jobs.qsize()
 
     @property
     def dashboard_command(self) -> str:
@@ -90,114 +123,174 @@ class Tracker:
             return shlex.join(["mlflow", "ui", "--backend-store-uri", uri, "--port", "5000"])
         return uri
 
+    # --- the thread --------------------------------------------------------------------------
+
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if self.error is not None:
-                continue
+        job: Callable[[], None] | None = self._nothing
+        while job is not None:
+            if not self._does(job):
+                return
+            job = self._jobs.get()
+
+    def _nothing(self) -> None:
+        """Do no more than open the parent run."""
+
+    def _does(self, job: Callable[[], None]) -> bool:
+        """Do it, however often it takes; False if time is up first."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            is_last = self._is_last_try.is_set()
             try:
+                if self._client is None:
+                    self._client = self._open()
                 job()
             except Exception as error:  # Whatever MLflow raises, the search must not notice.
-                self.error = " ".join(str(error).split())[:300]
-                log.warning("MLflow: %s", self.error)
+                self._client = None
+                self._say(" ".join(str(error).split())[:300] or type(error).__name__)
+            else:
+                self.error = None
+                return True
+            if is_last:
+                return False
+            self._is_last_try.wait(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def _open(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def _say(self, error: str) -> None:
+        if self.error is None:
+            log.warning("MLflow: %s: the search goes on, and MLflow is tried again", error)
+        self.error = error
+
+    def _open(self) -> Any:
+        """Find or make the parent run, and note what it has already."""
         # At MLflow's defaults a server that is down is asked again for minutes.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        # A server's client would print two lines for every run.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         from mlflow import MlflowClient
-        from mlflow.entities import Param
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        self._client = MlflowClient(self._experiment.uri)
-        found = self._client.get_experiment_by_name(self._experiment.name)
+        client = MlflowClient(self._experiment.uri)
+        found = client.get_experiment_by_name(self._experiment.name)
         self.experiment_id = (
             found.experiment_id
             if found
-            else self._client.create_experiment(
+            else client.create_experiment(
                 self._experiment.name, artifact_location=self._experiment.artifacts or None
             )
         )
-        runs = self._client.search_runs(
-            [self.experiment_id], f"tags.`{RUN_TAG}` = '{self._run_key}'", max_results=1
-        )
+        runs = self._search(client, f"tags.`{RUN_TAG}` = '{self._run_key}'")
         if runs:
-            self.run_id = runs[0].info.run_id
-            self._client.update_run(self.run_id, status="RUNNING")
-            self._known = self._children()
-            return
-        run = self._client.create_run(
-            self.experiment_id, run_name=self._name, tags={**tags, RUN_TAG: self._run_key}
-        )
-        self.run_id = run.info.run_id
-        self._client.log_batch(
-            self.run_id, params=[Param(key, str(value)) for key, value in params.items()]
-        )
+            parent, *doubles = runs
+            for double in doubles:
+                client.delete_run(double.info.run_id)
+            client.update_run(parent.info.run_id, status="RUNNING")
+        else:
+            tags = {**self._tags, RUN_TAG: self._run_key}
+            parent = client.create_run(self.experiment_id, run_name=self._name, tags=tags)
+        self.run_id = parent.info.run_id
+        self._log_params(client, parent.data.params)
+        self._metrics = parent.data.metrics
+        histories = (client.get_metric_history(self.run_id, key) for key in self._metrics)
+        self._charted = {point.step for history in histories for point in history}
+        self._children = self._find_children(client, self.run_id)
+        self._close_abandoned(client)
+        return client
 
-    def _children(self) -> set[str]:
-        known: set[str] = set()
+    def _search(self, client: Any, query: str) -> list[Any]:
+        """Return the runs, oldest first."""
+        found: list[Any] = []
         token = None
         while True:
-            page = self._client.search_runs(
+            page = client.search_runs(
                 [self.experiment_id],
-                f"tags.`mlflow.parentRunId` = '{self.run_id}'",
+                query,
                 max_results=1000,
+                order_by=["attributes.start_time ASC"],
                 page_token=token,
             )
-            known |= {run.data.tags.get(EVALUATION_TAG, "") for run in page}
+            found += page
             token = page.token
             if not token:
-                return known
+                return found
 
-    def _chart(self, step: int, metrics: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
+    def _log_params(self, client: Any, known: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
 
-        now = int(time.time() * 1000)
-        self._client.log_batch(
-            self.run_id,
-            metrics=[Metric(k, v, now, step) for k, v in metrics.items() if math.isfinite(v)],
-        )
+        # Those of the first session stay: MLflow takes no other value for a parameter it has.
+        missing = iter([Param(k, v) for k, v in self._params.items() if k not in known])
+        while batch := list(islice(missing, _MOST_PARAMS)):
+            client.log_batch(self.run_id, params=batch)
+
+    def _find_children(self, client: Any, parent: str) -> dict[str, _Child]:
+        """Return the parent's children by their names; one that is there twice is deleted."""
+        children: dict[str, _Child] = {}
+        for run in self._search(client, f"tags.`mlflow.parentRunId` = '{parent}'"):
+            name = run.data.tags.get(EVALUATION_TAG, "")
+            if name in children:
+                client.delete_run(run.info.run_id)
+            else:
+                is_complete = run.info.status in {"FINISHED", "FAILED"}
+                children[name] = _Child(run.info.run_id, is_complete)
+        return children
+
+    def _close_abandoned(self, client: Any) -> None:
+        """Close the runs that drivers left open when they were killed."""
+        abandoned = set(self._abandoned()) - {self._run_key}
+        for run in self._search(client, "attributes.status = 'RUNNING'"):
+            if run.data.tags.get(RUN_TAG) in abandoned:
+                for child in self._find_children(client, run.info.run_id).values():
+                    if not child.is_complete:
+                        client.set_terminated(child.run_id, "KILLED")
+                client.set_terminated(run.info.run_id, "KILLED")
+
+    def _chart(self, step: int, at: float, metrics: Mapping[str, float]) -> None:
+        if step not in self._charted:
+            self._client.log_batch(self.run_id, metrics=_points(metrics, at, step))
+            self._charted.add(step)
 
     def _add(self, evaluation: Evaluation) -> None:
-        from mlflow.entities import Metric, Param
+        from mlflow.entities import Param
 
-        now = int(time.time() * 1000)
         name = f"{evaluation.kind}:{evaluation.key}:{evaluation.prompts.digest}"
         name += f":{len(evaluation.rewards)} drawn" if evaluation.is_stopped else ""
-        if name in self._known:
+        name += ":failed" if evaluation.failure else ""
+        child = self._children.get(name)
+        if child is not None and child.is_complete:
             return
-        self._known.add(name)
-        values = {
+        if child is None:
+            run = self._client.create_run(
+                self.experiment_id,
+                start_time=_ms(evaluation.measured_at - evaluation.seconds),
+                run_name=f"{evaluation.kind} {evaluation.ratios}",
+                tags={
+                    "mlflow.parentRunId": self.run_id,
+                    EVALUATION_TAG: name,
+                    "kind": evaluation.kind,
+                    **({"stopped": "true"} if evaluation.is_stopped else {}),
+                    **({"failure": evaluation.failure} if evaluation.failure else {}),
+                },
+            )
+            child = self._children[name] = _Child(run.info.run_id)
+        params = {
+            **{f"ratio_{group}": evaluation.ratios[group] for group in GROUPS},
+            "poa_weight": evaluation.candidate.poa_weight,
+            "num_prompts": len(evaluation.rewards) or len(evaluation.prompts),
+        }
+        metrics = {
             "reward": evaluation.mean,
             "reward_standard_error": evaluation.standard_error,
             "seconds": evaluation.seconds,
             **{f"sparsity_{group}": value for group, value in evaluation.sparsity.items()},
         }
-        child = self._client.create_run(
-            self.experiment_id,
-            run_name=f"{evaluation.kind} {evaluation.ratios}",
-            tags={
-                "mlflow.parentRunId": self.run_id,
-                EVALUATION_TAG: name,
-                "kind": evaluation.kind,
-                **({"stopped": "true"} if evaluation.is_stopped else {}),
-                **({"failure": evaluation.failure} if evaluation.failure else {}),
-            },
-        )
         self._client.log_batch(
-            child.info.run_id,
-            metrics=[
-                Metric(k, v, now, 0)
-                for k, v in values.items()
-                if v is not None and math.isfinite(v)
-            ],
-            params=[Param(f"ratio_{group}", str(evaluation.ratios[group])) for group in GROUPS]
-            + [
-                Param("poa_weight", str(evaluation.candidate.poa_weight)),
-                Param("num_prompts", str(len(evaluation.rewards) or len(evaluation.prompts))),
-            ],
+            child.run_id,
+            metrics=_points(metrics, evaluation.measured_at),
+            params=[Param(key, str(value)) for key, value in params.items()],
         )
         status = "FAILED" if evaluation.failure else "FINISHED"
-        self._client.set_terminated(child.info.run_id, status)
+        self._client.set_terminated(child.run_id, status, _ms(evaluation.measured_at))
+        child.is_complete = True
 
     def _close(
         self,
@@ -206,12 +299,12 @@ class Tracker:
         tags: Mapping[str, str],
         files: Mapping[str, bytes],
     ) -> None:
-        from mlflow.entities import Metric, RunTag
+        from mlflow.entities import RunTag
 
-        now = int(time.time() * 1000)
+        new = {key: value for key, value in metrics.items() if self._metrics.get(key) != value}
         self._client.log_batch(
             self.run_id,
-            metrics=[Metric(k, v, now, 0) for k, v in metrics.items() if math.isfinite(v)],
+            metrics=_points(new, time.time()),
             tags=[RunTag(key, value) for key, value in tags.items()],
         )
         with tempfile.TemporaryDirectory() as folder:
@@ -220,3 +313,16 @@ class Tracker:
                 path.write_bytes(data)
                 self._client.log_artifact(self.run_id, str(path))
         self._client.set_terminated(self.run_id, status)
+
+
+def _points(metrics: Mapping[str, float], at: float, step: int = 0) -> list[Any]:
+    """Return MLflow's metrics, without those that are no number."""
+    from mlflow.entities import Metric
+
+    return [
+        Metric(key, value, _ms(at), step) for key, value in metrics.items() if math.isfinite(value)
+    ]
+
+
+def _ms(seconds: float) -> int:
+    return round(1000 * seconds)

@@ -63,6 +63,16 @@ def module_ray(ray_tmpdir):
 
 
 @pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory):
+    """An empty database of MLflow's, to copy: making one takes it seconds."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="session")
 def sd_folder(tmp_path_factory):
     """A small Stable Diffusion pipeline with random weights."""
     from tests.pipelines import save_sd

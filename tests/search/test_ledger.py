@@ -1,15 +1,20 @@
 import hashlib
 import json
 import logging
+import random
+import re
+import shutil
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from crdiff_core.evaluation import Measurement
 from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import BlockRatios
-from search.ledger import SCHEMA, Ledger
+from search.ledger import SCHEMA, Ledger, LedgerError
 from search.storage import StorageError
 from tests.search.landscapes import RECIPE
 
@@ -95,7 +100,45 @@ def test_a_torn_file_is_left_out_with_a_warning(tmp_path, caplog):
 
     with caplog.at_level(logging.WARNING):
         assert Ledger(tmp_path).table().num_rows == 2
-    assert "torn.parquet is no ledger file" in caplog.text
+    assert "torn.parquet cannot be read and is left out" in caplog.text
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_file_that_was_damaged_is_left_out_or_right(tmp_path, seed):
+    """A bit turned anywhere, or the file cut anywhere, is never another reward."""
+    written(tmp_path)
+    (file,) = tmp_path.iterdir()
+    data, chance = bytearray(file.read_bytes()), random.Random(seed)
+    where = chance.randrange(len(data))
+    if seed % 4:
+        data[where] ^= 1 << chance.randrange(8)
+    else:
+        del data[where:]
+    file.write_bytes(data)
+    try:
+        entry = Ledger(tmp_path).get(RECIPE.key(RATIOS), PROMPTS[0])
+    except LedgerError:  # The version itself was damaged.
+        return
+
+    assert entry is None or entry.reward == 0.25
+
+
+def test_a_parquet_file_of_others_is_left_out_with_a_warning(tmp_path, caplog):
+    written(tmp_path)
+    pq.write_table(pa.table({"prompt": ["x"]}), tmp_path / "other.parquet")
+
+    assert Ledger(tmp_path).table().num_rows == 2
+    assert "other.parquet is no ledger file and is left out" in caplog.text
+
+
+def test_a_file_of_a_newer_version_is_refused_with_the_remedy(tmp_path):
+    written(tmp_path)
+    (file,) = tmp_path.iterdir()
+    newer = SCHEMA.with_metadata({"crdiff_ledger_schema": "2"})
+    pq.write_table(pq.read_table(file).cast(newer), file)
+
+    with pytest.raises(LedgerError, match=r"^[^\n]*by a newer version of crdiff-search.*: update"):
+        Ledger(tmp_path)
 
 
 def test_files_carry_the_schema_version(tmp_path):
@@ -120,13 +163,19 @@ def test_a_write_that_fails_keeps_what_was_there_and_no_draft(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(StorageError, match="No space left on device: free space there"):
+    with pytest.raises(StorageError, match="No space left on device: free space there") as raised:
         ledger.append(RECIPE, BlockRatios(), PROMPTS, MEASURED)
     monkeypatch.undo()
+    rescued = Path(re.search(r"just measured are in (\S+):", str(raised.value))[1])
 
     assert Ledger(tmp_path).table().num_rows == 2
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert ledger.get(RECIPE.key(BlockRatios()), PROMPTS[0]) is None
+
+    for file in rescued.iterdir():
+        shutil.move(file, tmp_path)
+    rescued.rmdir()
+    assert Ledger(tmp_path).get(RECIPE.key(BlockRatios()), PROMPTS[0]).reward == 0.25
 
 
 def test_ledgers_from_before_size_conditioning_still_count(tmp_path):
