@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from crdiff_core.errors import RewardError
+from crdiff_core.errors import RenderError, RewardError
 from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import BlockRatios, Group
 from crdiff_core.replica import Replica
@@ -37,10 +37,27 @@ def evaluate(
 ) -> Measurement:
     """Prune, draw the prompts, as one batch if it fits, and score each picture.
 
+    Where that ends in broken pictures or scores, or for want of memory, it is tried once more with
+    `Replica.carefully`, at the cost of its speed.
     Raises RenderError for broken pictures, RewardError for a score that is not finite.
     Source: CR-Diff (arXiv:2604.05524), section 3.3: the objective of the search.
     """
-    marks = [_now(replica.device)]
+    began = _now(replica.device)
+    try:
+        return _measure(replica, ratios, prompts, reward, began)
+    except (RenderError, RewardError):
+        with replica.carefully():
+            return _measure(replica, ratios, prompts, reward, began)
+
+
+def _measure(
+    replica: Replica,
+    ratios: BlockRatios,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    began: float,
+) -> Measurement:
+    marks = [began]
     replica.set_ratios(ratios)
     marks.append(_now(replica.device))
     images = replica.render(prompts)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -114,6 +115,23 @@ class Replica:
         """Prune the replica's UNet; only groups whose ratio changed are rewritten."""
         self.denoiser.configure(ratios, self.poa_weight)
 
+    @contextmanager
+    def carefully(self) -> Iterator[None]:
+        """Draw pictures singly, uncompiled, and decode them in float32: slower, and surer.
+
+        Half-precision decoders overflow first; neighbours in a batch share their memory.
+        """
+        batch_limit, dtype = self.batch_limit, self.pipe.vae.dtype
+        self._free_memory()
+        try:
+            self.batch_limit = 1
+            self.pipe.vae.to(torch.float32)
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self.pipe.vae.to(dtype)
+            self.batch_limit = batch_limit
+
     def sparsity(self) -> dict[Group, float]:
         """Return the measured sparsity of each block group."""
         return self.denoiser.replica.sparsity()
@@ -141,11 +159,11 @@ class Replica:
                     " use a larger GPU, a half-precision model.dtype or a smaller res"
                 )
             self.batch_limit = len(part) // 2
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._free_memory()
         images = torch.cat(pictures)
         flat = images.flatten(1)
-        broken = ~flat.isfinite().all(1) | (flat.amax(1) == flat.amin(1))
+        # As one sees them: in 8 bits.
+        broken = ~flat.isfinite().all(1) | (flat.amax(1) - flat.amin(1) < 1 / 255)
         if broken.any():
             first = prompts[int(broken.nonzero()[0])].text
             raise RenderError(
@@ -154,11 +172,22 @@ class Replica:
             )
         return images
 
+    def is_usable(self) -> bool:
+        """Whether the device still answers: an illegal access ends a process's use of its GPU."""
+        try:
+            torch.ones(1, device=self.device).item()
+        except RuntimeError as error:
+            return _is_out_of_memory(error)
+        return True
+
     def close(self) -> None:
         """Free the model and everything cached."""
         self._embeddings.clear()
         self._noise.clear()
         del self.pipe
+        self._free_memory()
+
+    def _free_memory(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -140,6 +140,8 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
         except CRDiffError as error:
             return {"failure": str(error), "transient": False, "done": True}
         except Exception as error:  # Whatever it is, the search goes on without this batch.
+            if not self._replica.is_usable():
+                raise  # Ray then starts another worker.
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             return {"failure": reason, "transient": True, "done": True}
         return {"measured": measured, "done": True}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,80 @@ def test_a_broken_picture_is_an_error_and_no_score(replica):
     with pytest.raises(RenderError, match="3 of 3 pictures are NaN"):
         evaluate(replica, RATIOS, PROMPTS, Brightness())
     handle.remove()
+
+
+class Broken:
+    """Breaks what the decoder makes, as long as it is told to."""
+
+    def __init__(self, is_due: Callable[[Tensor], bool], value: float) -> None:
+        self.is_due, self.value = is_due, value
+        self.sizes: list[int] = []
+
+    def __call__(self, module: object, given: object, images: Tensor) -> Tensor:
+        self.sizes.append(len(images))
+        return torch.full_like(images, self.value) if self.is_due(images) else images
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 0.3])
+def test_pictures_that_are_broken_once_are_drawn_again_singly(replica, value):
+    expected = evaluate(replica, RATIOS, PROMPTS, Brightness())
+    broken = Broken(lambda images: len(images) == 3, value)
+    handle = replica.pipe.vae.decoder.register_forward_hook(broken)
+    measured = evaluate(replica, RATIOS, PROMPTS, Brightness())
+    handle.remove()
+
+    assert broken.sizes == [3, 1, 1, 1]
+    assert measured.rewards == pytest.approx(expected.rewards, abs=1e-5)
+    assert measured.batch_size == 1
+    # Only this once.
+    assert evaluate(replica, RATIOS, PROMPTS, Brightness()).batch_size == 3
+
+
+def test_a_decoder_that_overflows_in_half_precision_decodes_in_single(sd_folder):
+    half = Replica(
+        Model("small", str(sd_folder), dtype="bfloat16").load(CPU),
+        Resolution(16, 16),
+        num_steps=2,
+        guidance_scale=3.0,
+        poa_weight=1.5,
+    )
+    overflow = Broken(lambda images: images.dtype != torch.float32, math.inf)
+    half.pipe.vae.decoder.register_forward_hook(overflow)
+    rewards = evaluate(half, RATIOS, PROMPTS[:2], Brightness()).rewards
+
+    assert all(math.isfinite(reward) for reward in rewards)
+    assert half.pipe.vae.dtype == torch.bfloat16
+
+
+class OnceNotFinite(Brightness):
+    """Fails the first time."""
+
+    num_calls = 0
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
+        self.num_calls += 1
+        return (
+            [math.nan] * len(images) if self.num_calls == 1 else super().__call__(images, prompts)
+        )
+
+
+def test_a_reward_that_is_not_finite_once_is_measured_again(replica):
+    reward = OnceNotFinite()
+    rewards = evaluate(replica, RATIOS, PROMPTS, reward).rewards
+
+    assert rewards == pytest.approx(
+        evaluate(replica, RATIOS, PROMPTS, Brightness()).rewards, abs=1e-5
+    )
+    assert reward.num_calls == 2
+
+
+def test_the_time_of_a_try_that_failed_counts(replica):
+    class Slow(OnceNotFinite):
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
+            time.sleep(0.2)
+            return super().__call__(images, prompts)
+
+    assert sum(evaluate(replica, RATIOS, PROMPTS, Slow()).seconds.values()) >= 0.4
 
 
 def test_an_unknown_reward_is_refused():
