@@ -18,15 +18,19 @@ LOCAL = "local"
 def prepare_environment(settings: ClusterSettings) -> None:
     """Set what Ray reads from the environment; call it before anything imports Ray.
 
-    A cluster of our own is closed by a random token, since Ray listens on every network
-    interface; whoever sets RAY_AUTH_MODE decides for themselves.
+    A cluster of our own listens on loopback alone and is closed by a random token;
+    RAY_AUTH_MODE=disabled leaves the token out.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if settings.address == LOCAL and "RAY_AUTH_MODE" not in os.environ:
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if settings.address == LOCAL:
+        # Linux as Ray has Windows and macOS by default; _node_ip_address takes no loopback.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # Without one of ours Ray would make ~/.ray/auth_token, for everyone to read.
+        if os.environ.setdefault("RAY_AUTH_MODE", "token").lower() == "token":
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 @contextmanager
