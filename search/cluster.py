@@ -49,6 +49,7 @@ def connect(settings: ClusterSettings) -> Iterator[dict[str, float]]:
     local = settings.address == LOCAL
     if not local:
         _check_joinable(settings.address)
+    _withhold_credentials()
     try:
         ray.init(
             address=settings.address,
@@ -85,6 +86,18 @@ def start_at_once(num_trials: int) -> None:
     And then hardly any would: see search.trial.RatioTrial.
     """
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(num_trials)
+
+
+def _withhold_credentials() -> None:
+    """Keep Ray Tune from handing the driver's AWS credentials to trials, which need none.
+
+    It would do so by their runtime environment, which Ray logs on every node for all to read.
+    """
+    from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+
+    ENV_VARS_TO_PROPAGATE.difference_update(
+        [name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
+    )
 
 
 def _unreachable(address: str, error: Exception) -> ConfigError:
