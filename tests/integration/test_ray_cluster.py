@@ -5,8 +5,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +15,7 @@ import pytest
 
 from search.cluster import connect
 from search.config import ClusterSettings, ConfigError
+from tests.integration.processes import free_port, stop
 from tests.pipelines import save_sd
 
 RAY = Path(sys.executable).with_name("ray")
@@ -31,36 +30,6 @@ def environment(**variables):
     """This process's, without anything that tells Ray where or what to be."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return {**inherited, "RAY_USAGE_STATS_ENABLED": "0", **variables}
-
-
-def members(session):
-    """Process ids of a session, zombies left out."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, _, of = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-        except OSError:  # It ended while we looked.
-            continue
-        if int(of) == session and state != "Z":
-            found.append(int(folder.name))
-    return found
-
-
-def stop(head):
-    """End a head that we started: the process, then whatever is left of its session."""
-    head.terminate()
-    try:
-        head.wait(timeout=40)
-    except subprocess.TimeoutExpired:
-        head.kill()
-        head.wait()
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + 10
-        for pid in members(head.pid):
-            os.kill(pid, number)
-        while members(head.pid) and time.monotonic() < deadline:
-            time.sleep(0.1)
-    assert not members(head.pid)
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +67,6 @@ def ray_start(*arguments, **variables):
     finally:
         stop(node)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
