@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shlex
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
 
 from search.config import ClusterSettings, ConfigError
 
@@ -18,28 +22,34 @@ LOCAL = "local"
 def prepare_environment(settings: ClusterSettings) -> None:
     """Set what Ray reads from the environment; call it before anything imports Ray.
 
-    A cluster of our own is closed by a random token, since Ray listens on every network
-    interface; whoever sets RAY_AUTH_MODE decides for themselves.
+    A cluster of our own listens on loopback alone and is closed by a random token;
+    RAY_AUTH_MODE=disabled leaves the token out.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if settings.address == LOCAL and "RAY_AUTH_MODE" not in os.environ:
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if settings.address == LOCAL:
+        # Linux as Ray has Windows and macOS by default; _node_ip_address takes no loopback.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # Without one of ours Ray would make ~/.ray/auth_token, for everyone to read.
+        if os.environ.setdefault("RAY_AUTH_MODE", "token").lower() == "token":
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 @contextmanager
 def connect(settings: ClusterSettings) -> Iterator[dict[str, float]]:
     """Join or start the cluster, and leave it in the end; yields what one trial takes of it.
 
-    Raises ConfigError if it cannot be reached, refuses us, or has no GPU where one is asked for.
+    Raises ConfigError if it cannot be reached, refuses us, is open to everyone and more than
+    this machine, or has no GPU where one is asked for.
     """
     import ray
 
     local = settings.address == LOCAL
     if not local:
-        _check_reachable(settings.address)
+        _check_joinable(settings.address)
+    _withhold_credentials()
     try:
         ray.init(
             address=settings.address,
@@ -78,6 +88,18 @@ def start_at_once(num_trials: int) -> None:
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(num_trials)
 
 
+def _withhold_credentials() -> None:
+    """Keep Ray Tune from handing the driver's AWS credentials to trials, which need none.
+
+    It would do so by their runtime environment, which Ray logs on every node for all to read.
+    """
+    from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+
+    ENV_VARS_TO_PROPAGATE.difference_update(
+        [name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
+    )
+
+
 def _unreachable(address: str, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split())[:300]
     if address == LOCAL:
@@ -87,11 +109,12 @@ def _unreachable(address: str, error: Exception) -> ConfigError:
     )
 
 
-def _check_reachable(address: str) -> None:
-    """Raise ConfigError at once for what ray.init would report after half a minute of log lines.
+def _check_joinable(address: str) -> None:
+    """Raise ConfigError at once for what ray.init would report late, or not at all.
 
-    Where a token is asked for and there is none, ray.init would even abort the process. No
-    public function of Ray asks first; ray is pinned to one minor version for this.
+    Late is half a minute of log lines, and where a token is asked for and there is none,
+    ray.init would abort the process. No public function of Ray asks first; ray is pinned to one
+    minor version for this.
     """
     from ray._private.authentication.authentication_token_setup import (
         ensure_token_if_auth_enabled,
@@ -105,11 +128,15 @@ def _check_reachable(address: str) -> None:
         head = canonicalize_bootstrap_address(address)
         host, _, port = head.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        _check_closed(address, _seen_without_token(head))
         if address == "auto":
             maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         ensure_token_if_auth_enabled(create_token_if_missing=False)
+        _check_token_file()
         with _silent_stderr():
             GcsClient(address=head)
+    except ConfigError:
+        raise
     except AuthenticationError as error:
         raise ConfigError(
             f"cluster.address={address}: the Ray token is missing or not this cluster's: set "
@@ -117,6 +144,62 @@ def _check_reachable(address: str) -> None:
         ) from error
     except (OSError, ValueError, RuntimeError, RayError) as error:
         raise _unreachable(address, error) from error
+
+
+def _seen_without_token(head: str) -> set[str]:
+    """Return the addresses of the nodes that a stranger finds; none if they are shut out."""
+    from ray._raylet import Config, GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError
+
+    mode = os.environ.get("RAY_AUTH_MODE")
+    try:
+        os.environ["RAY_AUTH_MODE"] = "disabled"
+        Config.initialize("")  # Ray's C++ side then reads the environment again.
+        with _silent_stderr():
+            nodes = GcsClient(address=head).get_all_node_info().values()
+    except AuthenticationError:
+        return set()
+    finally:
+        del os.environ["RAY_AUTH_MODE"]
+        if mode is not None:
+            os.environ["RAY_AUTH_MODE"] = mode
+        Config.initialize("")
+    return {node.node_manager_address for node in nodes}
+
+
+def _check_closed(address: str, exposed: set[str]) -> None:
+    """Raise ConfigError where everyone may use a cluster of more than this machine.
+
+    Ray joins it without a word, and hands it our token if we have one.
+    exposed: the nodes that a stranger finds.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        return  # Somebody has decided so.
+    ours = {each.address for card in psutil.net_if_addrs().values() for each in card}
+    if others := sorted(exposed - ours):
+        raise ConfigError(
+            f"cluster.address={address}: whoever reaches it can run code on {others[0]}, as it "
+            "asks for no token: start Ray with RAY_AUTH_MODE=token on every node, or set "
+            "RAY_AUTH_MODE=disabled here if only you can reach it"
+        )
+
+
+def _check_token_file() -> None:
+    """Raise ConfigError if others may read the token that Ray is about to read."""
+    from ray._raylet import (  # type: ignore[attr-defined]
+        AuthenticationMode,
+        get_authentication_mode,
+    )
+
+    if get_authentication_mode() != AuthenticationMode.TOKEN or os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    file = Path(given) if given else Path.home() / ".ray/auth_token"
+    if file.stat().st_mode & 0o077:
+        raise ConfigError(
+            f"{file}: others on this machine may read the Ray token, with which one can run "
+            f"code on the cluster: chmod 600 {shlex.quote(str(file))}"
+        )
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def test_files_hold_no_secret_no_host_and_no_path_of_ours(file):
     text = file.read_text(encoding="utf-8")
     for kind, pattern in {
         "address": r"\b(?!127\.0\.0\.1)\d+\.\d+\.\d+\.\d+\b",
-        "secret": r"AKIA|[0-9a-fA-F]{32}|PRIVATE KEY|[Pp]assword|hf_\w{8}",
+        "secret": r"AKIA|[0-9a-fA-F]{32}|PRIVATE KEY|(?i:password)\s*[=:]\s*['\"]?\w|hf_\w{8}",
         "account's id": r"\bami-[0-9a-f]{8}|\bsubnet-|\bsg-[0-9a-f]|arn:",
         "path of ours": r"/(work|root|tmp|Users|home/(?!ray/))",
     }.items():

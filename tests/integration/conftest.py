@@ -1,4 +1,5 @@
 import os
+import secrets
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,14 +14,28 @@ SMALL = (
     "prompts.validation=8",
 )
 
+# In the environment of the `finished` search, and to be found nowhere.
+SECRETS = {
+    name: f"secret{secrets.token_hex(16)}"
+    for name in (
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "HF_TOKEN",
+        "MLFLOW_TRACKING_PASSWORD",
+        "MLFLOW_TRACKING_TOKEN",
+        "RAY_AUTH_TOKEN",
+    )
+}
+
 
 @dataclass(frozen=True)
 class Finished:
-    """A search that has run: its command, its folder and what it printed."""
+    """A search that has run: its command, its folder and what it printed, errors apart."""
 
     command: tuple[str, ...]
     output: Path
     printed: str
+    errors: str
     environment: dict[str, str]
 
     @property
@@ -48,6 +63,6 @@ def search(output, environment, *arguments):
 def finished(tmp_path_factory, environment):
     """One real search of the embedded model, small."""
     output = tmp_path_factory.mktemp("runs of ours")  # A path with spaces.
-    command, done = search(output, environment)
+    command, done = search(output, {**environment, **SECRETS})
     assert done.returncode == 0, done.stdout + done.stderr
-    return Finished(command, output, done.stdout, environment)
+    return Finished(command, output, done.stdout, done.stderr, environment)

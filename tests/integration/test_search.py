@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from mlflow import MlflowClient
 import crdiff_core
 from crdiff_core.models import Model
 from search.export import load_plan
-from tests.integration.conftest import search
+from tests.integration.conftest import SECRETS, search
 
 ROOT = Path(__file__).parents[2]
 
@@ -222,6 +223,34 @@ def test_mlflow_has_a_parent_run_and_a_child_for_each_evaluation(finished):
     assert len(parents) == 1
     assert len(runs) == 1 + 10
     assert {"best_reward", "reward", "temperature", "dense_reward"} <= set(parents[0].data.metrics)
+
+
+def written(folder):
+    """All that the files of a folder say, tables and databases decoded."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            yield file, file.read_bytes()
+        if file.suffix == ".parquet":
+            table = pq.read_table(file)
+            yield file, f"{table.schema.metadata} {table.to_pydict()}".encode()
+        if file.suffix == ".db":
+            database = sqlite3.connect(file)
+            yield file, "\n".join(database.iterdump()).encode()
+            database.close()
+
+
+def test_no_secret_is_written_or_printed(finished, ray_tmpdir):
+    said = [*written(finished.output), *written(Path(ray_tmpdir))]
+    said += [("stdout", finished.printed.encode()), ("stderr", finished.errors.encode())]
+    names = {Path(place).name for place, _ in said}
+    assert {"run.json", "best_ratios.json", "history.parquet", "mlflow.db"} <= names
+    assert {"gcs_server.out", "raylet.out", "runtime_env_agent.log"} <= names
+    assert any(b"crdiff.evaluation" in data for place, data in said if "mlflow.db" in str(place))
+    prompt = pq.read_table(finished.folder.parent / "ledger")["prompt"][0].as_py().encode()
+    assert any(prompt in data for place, data in said if Path(place).parent.name == "ledger")
+
+    for name, secret in SECRETS.items():
+        assert [place for place, data in said if secret.encode() in data] == [], name
 
 
 def test_another_searcher_of_the_cell_shares_the_ledger(finished):
