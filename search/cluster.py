@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import shlex
@@ -15,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from search.config import ClusterSettings, ConfigError
+from search.logs import take_over
 
 LOCAL = "local"
 
@@ -46,6 +46,9 @@ def connect(settings: ClusterSettings) -> Iterator[dict[str, float]]:
     """
     import ray
 
+    take_over()
+    # It would print the raylets' reports, whatever log_to_driver says; Tune logs what they mean.
+    ray._private.worker._worker_logs_enabled = False
     local = settings.address == LOCAL
     if not local:
         _check_joinable(settings.address)
@@ -54,7 +57,7 @@ def connect(settings: ClusterSettings) -> Iterator[dict[str, float]]:
         ray.init(
             address=settings.address,
             include_dashboard=False if local else None,
-            logging_level=logging.ERROR,
+            configure_logging=False,
             log_to_driver=False,
         )
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:

@@ -22,6 +22,7 @@ from search.evaluation_search import EvaluationSearch
 from search.evaluations import Evaluation
 from search.export import HISTORY_FILE, RATIOS_FILE, validated, write_history, write_ratios
 from search.lease import Lease
+from search.logs import to_file
 from search.plan import EARLIER, RUN_FILE, Plan, read_record, reward_options
 from search.progress import Progress
 from search.storage import Storage, StorageError
@@ -77,7 +78,7 @@ def run(config: Config, command: str, progress: Progress) -> Outcome:
     """
     plan = Plan.make(config)
     plan.folder.make()
-    with Lease(plan.folder) as lease:
+    with Lease(plan.folder) as lease, to_file(plan.folder):
         if plan.ledger.has_grown:  # Another driver has ended meanwhile.
             plan = Plan.make(config)
         lease.on_lost = plan.search.fail
@@ -89,6 +90,7 @@ def _run(plan: Plan, command: str, progress: Progress) -> Outcome:
     began_s = time.monotonic()
     tracked = TrackedSearch(plan) if plan.config.tracking.name != "none" else None
     status: Status = "KILLED"
+    log.info("search begins", extra={"key": plan.key, "command": command})
     try:
         _begin_folder(plan, command)
         _follow(plan, command, tracked, progress)
@@ -108,6 +110,7 @@ def _run(plan: Plan, command: str, progress: Progress) -> Outcome:
         status = "FINISHED"
     finally:
         progress.close()
+        log.info("search ends: %s", status, extra={"reason": search.failure or search.ended_by})
         if tracked is not None:
             took_s = time.monotonic() - began_s
             # Nobody waits for MLflow longer than for a twentieth of what was paid for.
@@ -183,6 +186,7 @@ def _fit(plan: Plan, command: str) -> None:
                 "you mean it"
             )
         workers = settings.num_workers or num_workers(resources)
+        log.info("Ray is there", extra={"workers": workers, "of_each_trial": resources})
         plan.search.max_trials = plan.search.batching.num_workers = workers
         if plan.search.ahead is None:
             plan.search.ahead = workers
@@ -229,8 +233,13 @@ def _drained_on_sigterm(search: EvaluationSearch) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+
+    def drain(*_: object) -> None:
+        log.warning("SIGTERM: what is being drawn is finished, then the search stops")
+        search.stop()
+
     # Ray has just set one that exits at once.
-    earlier = signal.signal(signal.SIGTERM, lambda *_: search.stop())
+    earlier = signal.signal(signal.SIGTERM, drain)
     try:
         yield
     finally:
@@ -241,8 +250,9 @@ def _follow(plan: Plan, command: str, tracked: TrackedSearch | None, progress: P
     """Show, record and pass on every evaluation from now on, and those there are already."""
     search = plan.search
 
-    def tell(_: Evaluation) -> None:
+    def tell(evaluation: Evaluation) -> None:
         progress.evaluation(search)
+        _log(evaluation)
         if search.num_drawn:
             try:  # The time taken so far, and the batch size that memory has left.
                 _record(plan, command)
@@ -254,3 +264,18 @@ def _follow(plan: Plan, command: str, tracked: TrackedSearch | None, progress: P
     search.on_evaluation = tell
     if tracked is not None:
         tracked.update()
+
+
+def _log(evaluation: Evaluation) -> None:
+    what = f"{evaluation.kind} {evaluation.ratios}"
+    fields = {
+        "key": evaluation.key,
+        "reward": evaluation.mean if evaluation.is_complete else None,
+        "seconds": evaluation.seconds,
+        "num_rendered": evaluation.num_rendered,
+        "is_stopped": evaluation.is_stopped,
+    }
+    if evaluation.failure is not None:
+        log.warning("%s failed: %s", what, evaluation.failure, extra=fields)
+    else:
+        log.info("%s", what, extra=fields)

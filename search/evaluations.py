@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections import Counter, deque
@@ -17,6 +18,8 @@ from search.space import Candidate
 
 if TYPE_CHECKING:
     from crdiff_core.evaluation import Measurement
+
+log = logging.getLogger(__name__)
 
 # The numbers of the prompts that one trial draws.
 Batch = tuple[int, ...]
@@ -198,6 +201,7 @@ class Evaluations:
             and result.get("transient")
             and max(evaluation.num_failures[number] for number in batch) < self._max_failures
         ):
+            log.info("%s is tried again: %s", evaluation.candidate.ratios, failure)
             # By prompt: the next try may be cut into other batches.
             evaluation.num_failures.update(batch)
             evaluation.todo.extendleft(reversed(batch))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shlex
@@ -19,6 +18,7 @@ from rich.console import Console
 from crdiff_core.errors import CRDiffError
 from search.cluster import prepare_environment
 from search.config import NO_SUCH_SETTING, Config, ConfigError
+from search.logs import to_console
 
 if TYPE_CHECKING:
     from search.driver import Outcome
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # In a wheel conf/ lies inside the package; in a checkout, beside it.
 _HERE = Path(__file__).parent
 CONF = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if folder.is_dir())
+
+_VERBOSE = "-v"
 
 
 def _compose() -> Config:
@@ -165,10 +167,11 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.captureWarnings(True)
+    is_verbose = _VERBOSE in sys.argv
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != _VERBOSE]
     try:
         config = _compose()
+        to_console(is_verbose)  # Hydra has set up its own.
         prepare_environment(config.cluster)
         console = Console(highlight=False, soft_wrap=True)
         for line in _estimate(config) if config.dry_run else _search(config, console):

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from crdiff_core.ratios import GROUPS
 from search.evaluations import Evaluation
+from search.logs import take_over
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class Tracker:
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         from mlflow import MlflowClient
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        take_over()
         client = MlflowClient(self._experiment.uri)
         found = client.get_experiment_by_name(self._experiment.name)
         self.experiment_id = (

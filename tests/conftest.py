@@ -1,4 +1,5 @@
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -93,6 +94,8 @@ def s3_server():
     """An S3 of our own with one bucket; how a place in it ends."""
     from moto.server import ThreadedMotoServer
 
+    # It is in this process: a log of ours that is kept there must not wait for its own.
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     _, port = server.get_host_and_port()
