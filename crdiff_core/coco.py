@@ -83,6 +83,13 @@ def _pairs(raw: object, key: str, number: str, text: str, file: Path) -> Iterato
             raise PromptError(
                 f"{file}: {key}[{index}] has no {number} or no {text}: give captions_val2014.json"
             )
+        try:
+            found[1].encode()
+        except UnicodeEncodeError as error:  # JSON can name halves of a character.
+            raise PromptError(
+                f"{file}: {key}[{index}] has a {text} that is no text ({error.reason}): download "
+                "it again"
+            ) from error
         yield found[0], found[1]
 
 

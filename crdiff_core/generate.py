@@ -242,7 +242,7 @@ def _recipe(
             str(known.get("dtype", "float32")),
             None if told_size == "requested" else Resolution.parse(told_size),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RatiosError(
             f"{options.ratios}: provenance.recipe is broken ({error}): give --steps and --guidance"
         ) from error

@@ -174,8 +174,8 @@ def load_plan(place: str | Path) -> Plan:
     folder = Storage.at(place)
     try:
         record = json.loads(folder.read(RUN_FILE) or b"")
-        raw, key = record["config"], record["key"]
-    except (ValueError, KeyError, TypeError) as error:
+        raw, key = dict(record["config"]), record["key"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{folder} is not the folder of a run (no readable {RUN_FILE}): give one, such as "
             "runs/shapes_24x40/annealing-seed0"
@@ -205,7 +205,7 @@ def main() -> int:
         write_history(plan)
         print(write_ratios(plan))
     except CRDiffError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
