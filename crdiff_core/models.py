@@ -404,8 +404,7 @@ class Model:
         if found != single:
             names = self._config(part, found.name).get("weight_map")
             if not isinstance(names, dict) or not all(
-                isinstance(name, str) and os.path.basename(name) == name
-                for name in names.values()
+                isinstance(name, str) and os.path.basename(name) == name for name in names.values()
             ):
                 raise ModelError(f"{found} lists no files: {self._remedy(is_there=True)}")
             files = [found.parent / name for name in sorted(set(names.values()))]

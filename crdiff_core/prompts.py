@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from reprlib import repr as shown
 from typing import NoReturn
 
 from crdiff_core.coco import COCO_FILE, COCO_SEED, COCO_SIZE, CocoCaptions, write_subset
@@ -117,10 +118,16 @@ def noise_seed(text: str, seed: int, repetition: int = 0) -> int:
     """Return the noise seed of a prompt, in [0, 2**31): a hash of its text and the run's seed.
 
     repetition: how often a set, or another before it, has had the text already.
+    Raises PromptError for what is no text, as a command line in another encoding gives it.
     """
     # No run's seed begins with a letter: no repetition shares its hash with another text's first.
     again = f"repetition {repetition} " if repetition else ""
-    digest = hashlib.sha256(f"{again}{seed} {text}".encode()).digest()
+    try:
+        digest = hashlib.sha256(f"{again}{seed} {text}".encode()).digest()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"prompt {shown(text)} is no text ({error.reason}): write it in UTF-8"
+        ) from error
     return int.from_bytes(digest[:4], "big") >> 1
 
 
@@ -189,7 +196,7 @@ def _read_csv(path: Path) -> list[str]:
                 if any(row[len(heading) :]):  # Part of the prompt would be lost.
                     raise PromptError(
                         f"{path}: line {rows.line_num} has {len(row)} fields and the heading "
-                        f'{len(heading)}: put prompts with commas into quotes, as in "a cat, asleep"'
+                        f"{len(heading)}: put prompts with commas into quotes"
                     )
                 texts += row[column : column + 1]
             return texts

@@ -60,8 +60,8 @@ class BlockRatios:
                 )
             if not 0 <= ratio < 1:
                 raise RatiosError(
-                    f"{group} ratio {shown(ratio)} is outside [0, 1): give the fraction of weights to "
-                    "prune, such as 0.3"
+                    f"{group} ratio {shown(ratio)} is outside [0, 1): give the fraction of "
+                    "weights to prune, such as 0.3"
                 )
             object.__setattr__(self, group, float(ratio))
 
@@ -94,9 +94,7 @@ class Resolution:
         """Read `HEIGHTxWIDTH`, such as `480x360` (480 high). Raises RatiosError."""
         match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", str(text).strip())
         if match is None:
-            raise RatiosError(
-                f"resolution {shown(text)} is not HEIGHTxWIDTH: write it as 480x360"
-            )
+            raise RatiosError(f"resolution {shown(text)} is not HEIGHTxWIDTH: write it as 480x360")
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
@@ -154,12 +152,17 @@ class RatiosFile:
         poa_weight = raw.get("poa_weight")
         score = raw.get("best_avg_score")
         if poa_weight is not None and not _is_number(poa_weight):
-            raise RatiosError(f"poa_weight {shown(poa_weight)} is not a number: the paper's is 1.5")
-        if not isinstance(score, int | float) or not _is_number(score):
-            raise RatiosError(f"best_avg_score {shown(score)} is not a number: export the file again")
-        if raw.get("pruning_method", "ratio") != "ratio":
             raise RatiosError(
-                f"pruning_method {shown(raw['pruning_method'])} is unknown: only 'ratio' is supported"
+                f"poa_weight {shown(poa_weight)} is not a number: the paper's is 1.5"
+            )
+        if not isinstance(score, int | float) or not _is_number(score):
+            raise RatiosError(
+                f"best_avg_score {shown(score)} is not a number: export the file again"
+            )
+        method = raw.get("pruning_method", "ratio")
+        if method != "ratio":
+            raise RatiosError(
+                f"pruning_method {shown(method)} is unknown: only 'ratio' is supported"
             )
         name = config.get("name", "")
         if not isinstance(name, str):
