@@ -50,7 +50,9 @@ def _compose() -> Config:
             sys.exit(0)
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra.compose("config", arguments)
-    except (ValueError, RecursionError) as error:  # Some malformed overrides.
+    except (HydraException, OmegaConfBaseException):
+        raise
+    except Exception as error:  # Of malformed arguments Hydra raises anything.
         raise ConfigError(
             f"{_shown(' '.join(arguments))}: {error}: write KEY=VALUE, and for a group the name "
             "of one of its choices, as in racing=on"

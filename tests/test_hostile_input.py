@@ -870,6 +870,10 @@ TABLE: dict[str, tuple[Action, Any]] = {
         Error("searcher: input tag 'nope' found using 'name' does not match any"),
     ),
     "value: a choice of none": (search("model=null"), Error("the name of one of its choices")),
+    "value: a choice of numbers": (
+        search("prompts=[1,2]"),
+        Error("the name of one of its choices"),
+    ),
     "value: an empty choice": (search("model="), Error("model= is unknown: choose one of sd15")),
     "value: an empty argument": (search(""), Error("not understood")),
     "value: no value": (search("seed"), Error(f"seed: {QUOTES}")),
