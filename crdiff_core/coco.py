@@ -78,11 +78,18 @@ def _pairs(raw: object, key: str, number: str, text: str, file: Path) -> Iterato
         raise PromptError(f"{file}: has no {key}: give captions_val2014.json")
     for index, entry in enumerate(entries):
         found = (entry.get(number), entry.get(text)) if isinstance(entry, dict) else (None, None)
-        # As all of JSON's, a bool would count as an integer.
-        if type(found[0]) is not int or not isinstance(found[1], str):
+        # As all of JSON's, a bool would count as an integer; Parquet has 64 bits for one.
+        if type(found[0]) is not int or abs(found[0]) >= 2**63 or not isinstance(found[1], str):
             raise PromptError(
                 f"{file}: {key}[{index}] has no {number} or no {text}: give captions_val2014.json"
             )
+        try:
+            found[1].encode()
+        except UnicodeEncodeError as error:  # JSON can name halves of a character.
+            raise PromptError(
+                f"{file}: {key}[{index}] has a {text} that is no text ({error.reason}): download "
+                "it again"
+            ) from error
         yield found[0], found[1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import warnings
@@ -206,8 +207,12 @@ def _drawing(options: argparse.Namespace) -> Drawing:
         ("--seed", options.seed, 0),
         ("--zoom", options.zoom, 1),
     ):
-        if value is not None and not value >= least:
-            raise _UsageError(f"{name} {value}: give at least {least}")
+        if value is not None and not least <= value < math.inf:
+            raise _UsageError(f"{name} {value}: give at least {least}, and a finite number")
+    if options.poa_weight is not None:
+        poa_weight = options.poa_weight
+    if not math.isfinite(poa_weight):
+        raise _UsageError(f"--poa-weight {poa_weight}: give a finite number, such as 1.5")
     model = _model(options.model, dtype, file)
     model.check()
     model.check_resolution(resolution)
@@ -216,7 +221,7 @@ def _drawing(options: argparse.Namespace) -> Drawing:
         model,
         ratios,
         options.ratios,
-        poa_weight if options.poa_weight is None else options.poa_weight,
+        poa_weight,
         resolution,
         num_steps,
         guidance_scale,
@@ -242,7 +247,7 @@ def _recipe(
             str(known.get("dtype", "float32")),
             None if told_size == "requested" else Resolution.parse(told_size),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RatiosError(
             f"{options.ratios}: provenance.recipe is broken ({error}): give --steps and --guidance"
         ) from error

@@ -220,6 +220,8 @@ class Model:
 
     def check(self) -> None:
         """Raise ModelError unless it is a kind we can prune and draw with, and complete."""
+        if self.dtype not in DTYPES:
+            raise ModelError(f"dtype {self.dtype!r} is unknown: choose {', '.join(DTYPES)}")
         if self.checkpoint is not None:
             self.num_prunable()  # Before a configuration is asked for: it may be no model at all.
         name = self._pipeline_class()
@@ -402,12 +404,12 @@ class Model:
         if found != single:
             names = self._config(part, found.name).get("weight_map")
             if not isinstance(names, dict) or not all(
-                isinstance(name, str) for name in names.values()
+                isinstance(name, str) and os.path.basename(name) == name for name in names.values()
             ):
                 raise ModelError(f"{found} lists no files: {self._remedy(is_there=True)}")
             files = [found.parent / name for name in sorted(set(names.values()))]
         for file in files:
-            if not file.is_file():
+            if not os.path.isfile(file):
                 if any(file.parent.glob("*pytorch_model*.bin")):
                     raise ModelError(
                         f"{file.parent} holds only pickled weights (.bin), which can run code: "

@@ -10,10 +10,11 @@ import csv
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from reprlib import repr as shown
 from typing import NoReturn
 
 from crdiff_core.coco import COCO_FILE, COCO_SEED, COCO_SIZE, CocoCaptions, write_subset
@@ -117,10 +118,16 @@ def noise_seed(text: str, seed: int, repetition: int = 0) -> int:
     """Return the noise seed of a prompt, in [0, 2**31): a hash of its text and the run's seed.
 
     repetition: how often a set, or another before it, has had the text already.
+    Raises PromptError for what is no text, as a command line in another encoding gives it.
     """
     # No run's seed begins with a letter: no repetition shares its hash with another text's first.
     again = f"repetition {repetition} " if repetition else ""
-    digest = hashlib.sha256(f"{again}{seed} {text}".encode()).digest()
+    try:
+        digest = hashlib.sha256(f"{again}{seed} {text}".encode()).digest()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"prompt {shown(text)} is no text ({error.reason}): write it in UTF-8"
+        ) from error
     return int.from_bytes(digest[:4], "big") >> 1
 
 
@@ -138,46 +145,66 @@ def shipped_texts(name: str) -> list[str]:
 def read_texts(path: str | os.PathLike[str]) -> list[str]:
     """Read prompt texts: one a line (.txt), or the column `prompt` or `caption` of CSV, Parquet.
 
-    Empty lines are skipped. Raises PromptError if the file cannot be read or holds no prompt.
+    Empty lines are skipped. Raises PromptError if the file cannot be read or holds no prompt, or
+    something else.
     """
     file = Path(path)
     try:
         suffix = file.suffix.lower()
         if suffix == ".parquet":
-            texts: Iterable[str] = _read_parquet(file)
+            texts = _read_parquet(file)
         elif suffix == ".csv":
             texts = _read_csv(file)
         else:
-            texts = file.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise PromptError(f"{path}: {reason}: set prompts.path to a readable file") from error
+            # Not splitlines: to it a form feed within a prompt is the end of a line.
+            texts = file.read_text(encoding="utf-8-sig").split("\n")
+    except PromptError:
+        raise
     except UnicodeDecodeError as error:
         raise PromptError(f"{path}: not UTF-8 text ({error.reason}): save it as UTF-8") from error
-    found = [text.strip() for text in texts if text and text.strip()]
+    except (OSError, ValueError) as error:  # Of a name with a NUL.
+        reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
+        raise PromptError(f"{path}: {reason}: set prompts.path to a readable file") from error
+    found = [text.strip() for text in texts if text.strip()]
     if not found:
         raise PromptError(f"{path}: holds no prompt: write one prompt a line")
+    if any("\0" in text for text in found):
+        raise PromptError(f"{path}: not text, it holds NULs: save it as UTF-8")
     return found
 
 
 _COLUMNS = ("prompt", "caption")
 
 
-def _column(found: Sequence[str], path: Path) -> str:
+def _column(found: Sequence[str], path: Path) -> int:
     for name in _COLUMNS:
+        if found.count(name) > 1:
+            raise PromptError(f"{path}: has {found.count(name)} columns {name}: leave one")
         if name in found:
-            return name
+            return found.index(name)
     raise PromptError(f"{path}: has the columns {list(found)}: name one of them prompt")
 
 
 def _read_csv(path: Path) -> list[str]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
+        rows = csv.reader(lines, strict=True)
         try:
-            column = _column(reader.fieldnames or [], path)
-            return [row[column] or "" for row in reader]
+            heading = next(rows, [])
+            column = _column(heading, path)
+            texts = []
+            for row in rows:
+                if any(row[len(heading) :]):  # Part of the prompt would be lost.
+                    raise PromptError(
+                        f"{path}: line {rows.line_num} has {len(row)} fields and the heading "
+                        f"{len(heading)}: put prompts with commas into quotes"
+                    )
+                texts += row[column : column + 1]
+            return texts
         except csv.Error as error:
-            raise PromptError(f"{path}: line {reader.line_num}: {error}") from error
+            raise PromptError(
+                f"{path}: line {rows.line_num}: {error}: put prompts into quotes, and double "
+                "those within"
+            ) from error
 
 
 def _read_parquet(path: Path) -> list[str]:
@@ -186,11 +213,20 @@ def _read_parquet(path: Path) -> list[str]:
     import pyarrow.parquet as pq
 
     try:
-        column = _column(pq.read_schema(path).names, path)
-        values = pq.read_table(path, columns=[column])[column].to_pylist()
-    except pa.ArrowInvalid as error:
-        raise PromptError(f"{path}: not Parquet ({error}): write it again") from error
-    return [str(value) for value in values if value is not None]
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            name = names[_column(names, path)]
+            values = file.read(columns=[name])[name].to_pylist()
+    except pa.ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise PromptError(f"{path}: not Parquet ({reason}): write it again") from error
+    texts = [value for value in values if value is not None]
+    for text in texts:
+        if not isinstance(text, str):
+            raise PromptError(
+                f"{path}: its column {name} holds {type(text).__name__}, not text: write strings"
+            )
+    return texts
 
 
 # --- the command line ------------------------------------------------------------------------

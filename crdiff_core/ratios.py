@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, Literal
 
 from crdiff_core.errors import RatiosError
@@ -55,12 +56,12 @@ class BlockRatios:
             ratio = getattr(self, group)
             if isinstance(ratio, bool) or not isinstance(ratio, int | float):
                 raise RatiosError(
-                    f"{group} ratio {ratio!r} is not a number: give a fraction in [0, 1)"
+                    f"{group} ratio {shown(ratio)} is not a number: give a fraction in [0, 1)"
                 )
             if not 0 <= ratio < 1:
                 raise RatiosError(
-                    f"{group} ratio {ratio} is outside [0, 1): give the fraction of weights to "
-                    "prune, such as 0.3"
+                    f"{group} ratio {shown(ratio)} is outside [0, 1): give the fraction of "
+                    "weights to prune, such as 0.3"
                 )
             object.__setattr__(self, group, float(ratio))
 
@@ -91,9 +92,9 @@ class Resolution:
     @classmethod
     def parse(cls, text: str) -> Resolution:
         """Read `HEIGHTxWIDTH`, such as `480x360` (480 high). Raises RatiosError."""
-        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", str(text).strip())
+        match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", str(text).strip())
         if match is None:
-            raise RatiosError(f"resolution {text!r} is not HEIGHTxWIDTH: write it as 480x360")
+            raise RatiosError(f"resolution {shown(text)} is not HEIGHTxWIDTH: write it as 480x360")
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
@@ -123,18 +124,18 @@ class RatiosFile:
     def read(cls, path: str | os.PathLike[str]) -> RatiosFile:
         """Read a file of ours or of the reference implementation. Raises RatiosError."""
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            reason = error.strerror or str(error)
+            content = Path(path).read_bytes()
+        except (OSError, ValueError) as error:  # Of a name with a NUL.
+            reason = getattr(error, "strerror", None) or str(error)
             raise RatiosError(
                 f"{path}: {reason}: give the path of an exported best_ratios.json"
             ) from error
-        except ValueError as error:
-            raise RatiosError(f"{path}: not JSON ({error}): export it again") from error
         try:
-            return cls._parse(raw)
+            return cls._parse(json.loads(content))
         except RatiosError as error:
             raise RatiosError(f"{path}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise RatiosError(f"{path}: not JSON ({error}): export it again") from error
 
     @classmethod
     def _parse(cls, raw: object) -> RatiosFile:
@@ -143,7 +144,7 @@ class RatiosFile:
         expected = {f"{group}_ratio" for group in GROUPS}
         if set(params) != expected:
             raise RatiosError(
-                f"best_global_params_ratio has the keys {sorted(params)}: it needs exactly "
+                f"best_global_params_ratio has the keys {shown(sorted(params))}: it needs exactly "
                 f"{sorted(expected)}"
             )
         assert isinstance(raw, dict)
@@ -151,20 +152,33 @@ class RatiosFile:
         poa_weight = raw.get("poa_weight")
         score = raw.get("best_avg_score")
         if poa_weight is not None and not _is_number(poa_weight):
-            raise RatiosError(f"poa_weight {poa_weight!r} is not a number: the paper's is 1.5")
-        if not isinstance(score, int | float) or not _is_number(score):
-            raise RatiosError(f"best_avg_score {score!r} is not a number: export the file again")
-        if raw.get("pruning_method", "ratio") != "ratio":
             raise RatiosError(
-                f"pruning_method {raw['pruning_method']!r} is unknown: only 'ratio' is supported"
+                f"poa_weight {shown(poa_weight)} is not a number: the paper's is 1.5"
             )
+        if not isinstance(score, int | float) or not _is_number(score):
+            raise RatiosError(
+                f"best_avg_score {shown(score)} is not a number: export the file again"
+            )
+        method = raw.get("pruning_method", "ratio")
+        if method != "ratio":
+            raise RatiosError(
+                f"pruning_method {shown(method)} is unknown: only 'ratio' is supported"
+            )
+        name = config.get("name", "")
+        if not isinstance(name, str):
+            raise RatiosError(f"model_config.name {shown(name)} is not text: export it again")
+        provenance = _mapping(raw, "provenance") if "provenance" in raw else {}
+        try:
+            json.dumps(provenance, allow_nan=False)
+        except ValueError as error:  # Python reads NaN and infinity, which JSON has not.
+            raise RatiosError(f"provenance: {error}: export the file again") from error
         return cls(
-            model=str(config.get("name", "")),
+            model=name,
             resolution=Resolution.parse(f"{height}x{width}"),
             score=score,
             ratios=BlockRatios(**{group: params[f"{group}_ratio"] for group in GROUPS}),
             poa_weight=None if poa_weight is None else float(poa_weight),
-            provenance=_mapping(raw, "provenance") if "provenance" in raw else {},
+            provenance=provenance,
         )
 
     def as_json(self) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from reprlib import repr as shown
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -30,10 +33,21 @@ class ConfigError(CRDiffError, ValueError):
     """A setting is unknown, out of range, or does not fit the others."""
 
 
+# Neither a path nor text in UTF-8 can hold them; spaces of all kinds are fine.
+_NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff]")
+
+
 class Settings(BaseModel):
     """Base of every settings class: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _is_text(cls, value: object) -> object:
+        if isinstance(value, str) and (found := _NOT_TEXT.search(value)):
+            raise ValueError(f"it holds {found[0]!r}: give text in UTF-8, without control signs")
+        return value
 
 
 Size = Annotated[
@@ -94,13 +108,19 @@ class UniformSettings(SpaceSettings):
     ratio: Interval
 
 
+def _name(value: str) -> str:
+    if not re.fullmatch(r"\w[^/\\]*", value):  # It becomes part of a folder's name.
+        raise ValueError(f"got {value!r}: give a name that begins with a letter and has no slash")
+    return value
+
+
 class ModelSettings(Settings):
     """conf/model: what is drawn with, and its own defaults.
 
     paper_ratios: (down, mid, up) of the paper's table 6, by HEIGHTxWIDTH.
     """
 
-    name: str
+    name: Annotated[str, AfterValidator(_name)]
     path: str
     hub_id: str
     hub_revision: str
@@ -216,6 +236,8 @@ class PromptSettings(Settings):
 
     @check(mode="after")
     def _one_source(self) -> PromptSettings:
+        if self.text and not self.text.strip():
+            raise ValueError("text is blank: give a prompt, or nothing")
         if self.text and self.path:
             raise ValueError("text and path are both given: choose one")
         return self
@@ -233,11 +255,20 @@ class ClusterSettings(Settings):
     gpu_hour_price: Annotated[float, Field(ge=0)] | None
 
 
+def _without_password(uri: str) -> str:
+    if re.search(r"://[^/]*:[^@]*@|[?&]\w*(password|secret|token)\w*=", uri):
+        raise ValueError(
+            "credentials do not belong into it, since settings are written down: set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (of PostgreSQL: PGPASSWORD)"
+        )
+    return uri
+
+
 class TrackingSettings(Settings):
     """conf/tracking: where MLflow keeps its runs; `uri: ""` is a database under output."""
 
     name: Literal["mlflow", "none"]
-    uri: str
+    uri: Annotated[str, AfterValidator(_without_password)]
     experiment: str
 
 
@@ -318,6 +349,9 @@ class Config(Settings):
                 reason = NO_SUCH_SETTING
             elif first["type"] == "value_error":  # Our own check: it says what it found.
                 reason = first["msg"].removeprefix("Value error, ")
+            elif first["type"] == "missing":
+                reason = "it is missing: give it a value, or leave it at its default"
             else:
-                reason = f"{first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+                got = shown(first["input"])
+                reason = f"{first['msg'][0].lower()}{first['msg'][1:]}, got {got}"
             raise ConfigError(": ".join([*filter(None, [".".join(path)]), reason])) from error

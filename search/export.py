@@ -203,7 +203,7 @@ def main() -> int:
         write_history(plan)
         print(write_ratios(plan))
     except CRDiffError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

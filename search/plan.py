@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from ray.tune.search import Searcher
@@ -111,7 +111,7 @@ def read_record(folder: Storage) -> dict[str, Any]:
     """Return what the sessions of the search in this folder recorded, as far as it is readable."""
     try:
         return dict(json.loads(folder.read(RUN_FILE) or b"{}"))
-    except (ValueError, TypeError):  # It was torn, or is not ours.
+    except (ValueError, TypeError, RecursionError):  # It was torn, or is not ours.
         return {}
 
 
@@ -165,7 +165,7 @@ def choose_prompts(config: Config) -> dict[str, PromptSet]:
     prompts = config.prompts
     sizes = {name: getattr(prompts, name) for name in ("search", "rerank", "validation")}
     repeat = prompts.repeat or bool(prompts.text)
-    if prompts.name == "coco" and not Path(prompts.path).is_file() and not prompts.text:
+    if prompts.name == "coco" and not os.path.isfile(prompts.path) and not prompts.text:
         raise PromptError(
             f"{prompts.path or 'prompts.path'} is not there: make it with python -m "
             "crdiff_core.prompts coco --captions captions_val2014.json, and set prompts.path to it"

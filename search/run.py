@@ -7,11 +7,11 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
@@ -30,27 +30,61 @@ CONF = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if fold
 _VERBOSE = "-v"
 
 
-def _compose() -> Config:
-    """Let Hydra read the command line; raises HydraException, OmegaConfBaseException, ConfigError.
+# Of Hydra's options those that only show something: others read or run files of anybody's.
+_SHOWING = {"--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i"}
 
-    Hydra only composes: a search that fails inside its main function would be reported twice.
+
+def _compose() -> Config:
+    """Read the command line; raises HydraException, OmegaConfBaseException, ConfigError.
+
+    Hydra only composes: run by it, a search would make its log files and report failures twice,
+    and a configuration could name callbacks, which are code.
     """
-    if {"-m", "--multirun"} & set(sys.argv[1:]):
-        raise ConfigError("-m: one search at a time: run one command for each res or seed")
-    composed: list[DictConfig] = []
-    compose = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    arguments = sys.argv[1:]
+    for argument in arguments:
+        _check_argument(argument)
+    # What is written down is the same for whoever reads it, and no secret.
+    OmegaConf.register_new_resolver("oc.env", _no_environment, replace=True)
     try:
-        compose(composed.append)()
-    except ValueError as error:  # Some malformed overrides.
+        if any(argument.startswith("-") for argument in arguments):
+            show = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+            show(lambda _: None)()
+            sys.exit(0)
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra.compose("config", arguments)
+    except (HydraException, OmegaConfBaseException):
+        raise
+    except Exception as error:  # Of malformed arguments Hydra raises anything.
         raise ConfigError(
-            f"{' '.join(sys.argv[1:])}: {error}: write KEY=VALUE, and for a group the name of one "
-            "of its choices, as in racing=on"
+            f"{_shown(' '.join(arguments))}: {error}: write KEY=VALUE, and for a group the name "
+            "of one of its choices, as in racing=on"
         ) from error
-    if not composed:  # It answered --help or the like by itself.
-        sys.exit(0)
-    raw = OmegaConf.to_container(composed[0], resolve=True)
+    raw = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(raw, dict)
     return Config.parse({str(key): value for key, value in raw.items()})
+
+
+def _check_argument(argument: str) -> None:
+    """Raise ConfigError for what would let Hydra read files or run code that are not ours."""
+    key, _, value = argument.partition("=")
+    if argument in {"-m", "--multirun"}:
+        raise ConfigError("-m: one search at a time: run one command for each res or seed")
+    if argument.startswith("-") and key not in _SHOWING:
+        raise ConfigError(f"{_shown(key)}: no such option: write KEY=VALUE; --help shows them all")
+    name, *packages = re.split("[@:]", key.lstrip("+~"))
+    if "_target_" in argument or any(re.match(r"hydra\b", each) for each in (name, *packages)):
+        raise ConfigError(
+            f"{_shown(argument)}: a setting of Hydra's own can run code: leave it out; --help "
+            "shows all settings"
+        )
+    if "/" in value and os.path.isdir(CONF / name):
+        raise ConfigError(
+            f"{_shown(argument)}: {name} is chosen by name, not by a path: --help shows the names"
+        )
+
+
+def _no_environment(*_: object) -> NoReturn:
+    raise ConfigError("settings do not read the environment, because they are written down")
 
 
 def _summary(outcome: Outcome) -> list[str]:
@@ -144,7 +178,13 @@ def _command() -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """Say what Hydra found wrong in one line; its own messages take many."""
+    """Say in one line what was wrong; Hydra's own messages take many."""
+    text = " ".join((str(error) if isinstance(error, CRDiffError) else _of_hydra(error)).split())
+    # An URI that was not understood may have a password in it.
+    return re.sub(r"://\S*@", "://...@", text)
+
+
+def _of_hydra(error: Exception) -> str:
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
@@ -153,12 +193,19 @@ def _one_line(error: Exception) -> str:
     override = ambiguous[1] if ambiguous else getattr(error, "override", None)
     if override is not None:
         return (
-            f"{override}: not understood: put a value with spaces or signs into both kinds "
-            """of quotes, as in 'prompts.text="a cat, asleep"'"""
+            f"{_shown(override)}: not understood: put a value with spaces or signs into both "
+            """kinds of quotes, as in 'prompts.text="a cat, asleep"'"""
         )
     if match := re.search(r"Could not override '(.+?)'", text):
         return f"{match[1]}: {NO_SUCH_SETTING}"
-    return " ".join(text.split("full_key")[0].split())
+    text = text.split("full_key")[0].split("resolving interpolation: ")[-1].strip()
+    if key := getattr(error, "full_key", None):
+        return f"{key}: {text}: give a value, or ${{KEY}} of another setting"
+    return text
+
+
+def _shown(argument: str) -> str:
+    return argument if len(argument) <= 200 else f"{argument[:200]}..."
 
 
 def main() -> int:
@@ -176,11 +223,8 @@ def main() -> int:
         console = Console(highlight=False, soft_wrap=True)
         for line in _estimate(config) if config.dry_run else _search(config, console):
             console.print(line)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, CRDiffError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except CRDiffError as error:
-        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nStopped; nothing measured is lost. To go on: {_command()}", file=sys.stderr)

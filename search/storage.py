@@ -36,7 +36,7 @@ class Storage:
     def at(cls, place: str | Path) -> Storage:
         """Return the storage at a path or a URI such as s3://bucket/folder?region=eu-west-1."""
         text = str(place)
-        scheme = re.match(r"([a-z0-9]+)://", text)
+        scheme = re.match(r"[a-zA-Z][\w+.-]*://", text)
         if scheme is None:
             return cls(fs.LocalFileSystem(), str(Path(text).absolute()))
         if re.search(r"@|(access|secret)_key=", text):

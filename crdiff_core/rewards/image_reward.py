@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -343,14 +344,14 @@ class ImageReward:
     def _weights_file(self) -> Path:
         if not self.path:
             return _cached(self.hub_id, _WEIGHTS, self.hub_revision)
-        file = Path(self.path).expanduser()
-        if not file.is_file():
+        file = Path(os.path.expanduser(self.path))
+        if not os.path.isfile(file):
             raise RewardError(f"{file} is no file: set reward.path to {_WEIGHTS}, or to nothing")
         return file
 
     def _vocabulary_file(self) -> Path:
-        folder = Path(self.tokenizer).expanduser()
-        if not folder.is_dir():
+        folder = Path(os.path.expanduser(self.tokenizer))
+        if not os.path.isdir(folder):
             return _cached(self.tokenizer, _VOCABULARY, self.tokenizer_revision)
         if not (folder / _VOCABULARY).is_file():
             raise RewardError(
