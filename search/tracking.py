@@ -10,6 +10,7 @@ import shlex
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,7 @@ class Tracker:
         from mlflow.entities import Param
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
+        _make_database(self._experiment.uri)
         self._client = MlflowClient(self._experiment.uri)
         found = self._client.get_experiment_by_name(self._experiment.name)
         self.experiment_id = (
@@ -120,18 +122,25 @@ class Tracker:
         runs = self._client.search_runs(
             [self.experiment_id], f"tags.`{RUN_TAG}` = '{self._run_key}'", max_results=1
         )
-        if runs:
-            self.run_id = runs[0].info.run_id
-            self._client.update_run(self.run_id, status="RUNNING")
-            self._known = self._children()
-            return
-        run = self._client.create_run(
-            self.experiment_id, run_name=self._name, tags={**tags, RUN_TAG: self._run_key}
+        run = (
+            runs[0]
+            if runs
+            else self._client.create_run(
+                self.experiment_id, run_name=self._name, tags={**tags, RUN_TAG: self._run_key}
+            )
         )
         self.run_id = run.info.run_id
+        self._client.update_run(self.run_id, status="RUNNING")
         self._client.log_batch(
-            self.run_id, params=[Param(key, str(value)) for key, value in params.items()]
+            self.run_id,
+            params=[
+                # One that is there could not be changed.
+                Param(key, str(value))
+                for key, value in params.items()
+                if key not in run.data.params
+            ],
         )
+        self._known = self._children()
 
     def _children(self) -> set[str]:
         known: set[str] = set()
@@ -143,7 +152,11 @@ class Tracker:
                 max_results=1000,
                 page_token=token,
             )
-            known |= {run.data.tags.get(EVALUATION_TAG, "") for run in page}
+            for run in page:
+                if run.info.status == "RUNNING":  # Its driver was killed as it wrote it.
+                    self._client.delete_run(run.info.run_id)
+                else:
+                    known.add(run.data.tags.get(EVALUATION_TAG, ""))
             token = page.token
             if not token:
                 return known
@@ -220,3 +233,18 @@ class Tracker:
                 path.write_bytes(data)
                 self._client.log_artifact(self.run_id, str(path))
         self._client.set_terminated(self.run_id, status)
+
+
+def _make_database(uri: str) -> None:
+    """Make a SQLite database that is not there, whole: MLflow never mends one half made."""
+    from mlflow import MlflowClient
+
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or path.exists():
+        return
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    MlflowClient(f"sqlite:///{draft}")
+    if path.exists():  # Another search has made it meanwhile.
+        draft.unlink()
+    else:
+        draft.replace(path)

@@ -1,4 +1,8 @@
+import contextlib
 import math
+import shutil
+import sqlite3
+import time
 
 import pytest
 from mlflow import MlflowClient
@@ -102,6 +106,39 @@ def test_what_a_stopped_search_missed_is_filled_in(experiment, search, tmp_path)
     assert (stopped.info.status, finished.info.status) == ("KILLED", "FINISHED")
     assert stopped.info.run_id == finished.info.run_id
     assert len(few) < len(children) == len(search.evaluations)
+
+
+def test_what_a_killed_driver_left_half_written_is_written_again(experiment, search):
+    track(experiment, search)
+    client, (parent,), children = runs(experiment)
+    torn = children[0]
+    client.update_run(torn.info.run_id, status="RUNNING")
+    client.update_run(parent.info.run_id, status="RUNNING")
+    track(experiment, search)
+    _, (after,), written = runs(experiment)
+
+    assert len(written) == len(children)
+    assert {run.info.status for run in [after, *written]} == {"FINISHED"}
+    assert torn.info.run_id not in {run.info.run_id for run in written}
+
+
+def test_a_killed_driver_leaves_a_whole_database_or_none(experiment, tmp_path):
+    database, copy = tmp_path / "mlflow.db", tmp_path / "copy.db"
+    tracker = Tracker(experiment, "key0", "name")
+    tracker.start(PARAMS, {})
+    while not database.exists():
+        assert tracker.error is None
+        time.sleep(0.001)
+    shutil.copy(database, copy)  # What there would be, had it been killed now.
+    tracker.finish("FINISHED", {}, {}, {})
+
+    assert tracker.error is None
+    assert version(copy) == version(database) != []
+
+
+def version(database):
+    with contextlib.closing(sqlite3.connect(database)) as opened:
+        return opened.execute("SELECT version_num FROM alembic_version").fetchall()
 
 
 def test_a_failed_evaluation_is_a_failed_child_with_its_reason(experiment, tmp_path):
