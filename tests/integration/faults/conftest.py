@@ -4,6 +4,10 @@ import os
 import pytest
 from ray.cluster_utils import Cluster
 
+pytest.register_assert_rewrite("tests.integration.faults.sessions")
+
+from tests.integration.faults.sessions import Searching  # noqa: E402
+
 # Of each node.
 NODE = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80_000_000}
 
@@ -18,6 +22,21 @@ def cluster(ray_tmpdir):
         nodes.add_node(**NODE)
         yield nodes
         nodes.shutdown()
+
+
+@pytest.fixture(scope="module")
+def reference(cluster, tmp_path_factory):
+    """The same search, left alone."""
+
+    def run(arguments):
+        if arguments not in run.known:
+            search = Searching(tmp_path_factory.mktemp("alone"), cluster.address, arguments)
+            search.finish()
+            run.known[arguments] = search
+        return run.known[arguments]
+
+    run.known = {}
+    return run
 
 
 @pytest.fixture

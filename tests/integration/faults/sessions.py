@@ -147,3 +147,32 @@ class Searching:
 
 def rows_of(data):
     return pq.read_table(io.BytesIO(data)).to_pylist()
+
+
+def check(search, alone):
+    """Compare a search that was disturbed with one that was not, whole as its ledger is."""
+    assert search.course() == alone.course()
+    assert search.answer() == alone.answer()
+    complete = {row["ledger_key"] for row in alone.course() if not row["lost_race"]}
+    assert measured(search, complete) == measured(alone, complete)
+
+
+def measured(search, keys):
+    return sorted(
+        (row["key"], row["prompt"], row["seed"], row["reward"])
+        for row in search.rows()
+        if row["key"] in keys
+    )
+
+
+def check_tracked(search):
+    """MLflow has one run for the search, and one for each of its evaluations, all closed."""
+    (parent,), children = search.tracked()
+    named = Counter(run.data.tags["crdiff.evaluation"] for run in children)
+    assert parent.info.status == "FINISHED"
+    assert {run.info.status for run in children} == {"FINISHED"}
+    assert set(named.values()) == {1}
+    whole = [row for row in search.course() if not row["lost_race"]]
+    kinds = Counter(run.data.tags["kind"] for run in children if "stopped" not in run.data.tags)
+    assert kinds == kinds | Counter(row["kind"] for row in whole)
+    assert all("reward" in run.data.metrics for run in children if "stopped" not in run.data.tags)

@@ -2,12 +2,9 @@
 
 import random
 import time
-from collections import Counter
-
-import pytest
 
 from tests.integration.faults.program import reward_of
-from tests.integration.faults.sessions import Searching
+from tests.integration.faults.sessions import Searching, check, check_tracked
 
 SIGKILL = -9
 RACING = ("racing=on", "racing.stride=2", "racing.alpha=0.4")
@@ -61,50 +58,6 @@ def campaign(search, moments, seed):
         for ratios, prompts in search.begun[num_begun:]:
             again += [(ratios, p) for p in prompts if reward_of(ratios, p) in known]
     return killed, lost, again
-
-
-@pytest.fixture(scope="module")
-def reference(cluster, tmp_path_factory):
-    """The same search, left alone."""
-
-    def run(arguments):
-        if arguments not in run.known:
-            search = Searching(tmp_path_factory.mktemp("alone"), cluster.address, arguments)
-            search.finish()
-            run.known[arguments] = search
-        return run.known[arguments]
-
-    run.known = {}
-    return run
-
-
-def check(search, alone):
-    """Compare a search that was disturbed with one that was not, whole as its ledger is."""
-    assert search.course() == alone.course()
-    assert search.answer() == alone.answer()
-    complete = {row["ledger_key"] for row in alone.course() if not row["lost_race"]}
-    assert measured(search, complete) == measured(alone, complete)
-
-
-def measured(search, keys):
-    return sorted(
-        (row["key"], row["prompt"], row["seed"], row["reward"])
-        for row in search.rows()
-        if row["key"] in keys
-    )
-
-
-def check_tracked(search):
-    """MLflow has one run for the search, and one for each of its evaluations, all closed."""
-    (parent,), children = search.tracked()
-    named = Counter(run.data.tags["crdiff.evaluation"] for run in children)
-    assert parent.info.status == "FINISHED"
-    assert {run.info.status for run in children} == {"FINISHED"}
-    assert set(named.values()) == {1}
-    whole = [row for row in search.course() if not row["lost_race"]]
-    kinds = Counter(run.data.tags["kind"] for run in children if "stopped" not in run.data.tags)
-    assert kinds == kinds | Counter(row["kind"] for row in whole)
-    assert all("reward" in run.data.metrics for run in children if "stopped" not in run.data.tags)
 
 
 def test_a_driver_killed_at_thirteen_moments_finds_what_one_left_alone_finds(
