@@ -220,7 +220,9 @@ def _fit(plan: Plan, command: str) -> None:
             run_config=tune.RunConfig(
                 # Ray's own records are never read again: the ledger is the only state.
                 storage_path=scratch,
-                failure_config=tune.FailureConfig(max_failures=plan.config.trial.max_failures),
+                # The search tries again by itself: Tune counts the death of a worker between two
+                # trials twice, and fails the next trial by it. Preempted ones it does try again.
+                failure_config=tune.FailureConfig(max_failures=0),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 verbose=0,
             ),

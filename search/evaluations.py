@@ -182,14 +182,14 @@ class Evaluations:
         if result is None and not error:  # Ended by Ray before it began: not its fault.
             evaluation.todo.extendleft(reversed(batch))
             return
-        failure: str | None = (result or {}).get("failure")
         if result is None:
-            failure = (
-                "its worker died again and again, could not start, or took longer than "
-                "trial.timeout_s: see the ray log"
-            )
+            result = {
+                "failure": "its worker died again and again, could not start, or took longer than "
+                "trial.timeout_s: see the ray log",
+                "transient": True,
+            }
+        failure: str | None = result.get("failure")
         if failure is None:
-            assert result is not None
             measured: Measurement = result["measured"]
             self._record(evaluation, batch, measured)
             evaluation.num_rendered += len(measured.rewards)
@@ -197,8 +197,7 @@ class Evaluations:
             seconds = sum(measured.seconds.values())
             self._batching.record(len(batch), seconds, measured.batch_size)
         elif (
-            result is not None
-            and result.get("transient")
+            result.get("transient")
             and max(evaluation.num_failures[number] for number in batch) < self._max_failures
         ):
             log.info("%s is tried again: %s", evaluation.candidate.ratios, failure)

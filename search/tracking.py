@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -171,6 +172,7 @@ class Tracker:
         from mlflow import MlflowClient
 
         take_over()
+        _make_database(self._experiment.uri)
         client = MlflowClient(self._experiment.uri)
         found = client.get_experiment_by_name(self._experiment.name)
         self.experiment_id = (
@@ -314,6 +316,20 @@ class Tracker:
                 path.write_bytes(data)
                 self._client.log_artifact(self.run_id, str(path))
         self._client.set_terminated(self.run_id, status)
+
+
+def _make_database(uri: str) -> None:
+    """Make a SQLite database that is not there, whole: MLflow never mends one half made."""
+    from mlflow import MlflowClient
+
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or path.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".mlflow-") as folder:
+        draft = Path(folder) / path.name
+        MlflowClient(f"sqlite:///{draft}")
+        with suppress(FileExistsError):  # Another search has made it meanwhile.
+            os.link(draft, path)
 
 
 def _points(metrics: Mapping[str, float], at: float, step: int = 0) -> list[Any]:

@@ -216,11 +216,20 @@ def test_three_failures_at_the_start_end_the_search(tmp_path):
 
 
 def test_a_dead_worker_fails_the_evaluation_with_a_reason(tmp_path):
-    search = make_search(tmp_path)
+    search = make_search(tmp_path, max_failures=0)
     search.suggest("a")
     search.on_trial_complete("a", None, error=True)
 
     assert "worker" in search.evaluations[0].failure
+
+
+def test_the_batch_of_a_dead_worker_is_handed_out_again(tmp_path):
+    search = make_search(tmp_path, max_failures=1)
+    config = search.suggest("a")
+    search.on_trial_complete("a", None, error=True)
+
+    assert search.suggest("b") == config
+    assert search.evaluations == []
 
 
 def test_a_trial_that_ray_ended_before_it_began_is_handed_out_again(tmp_path):

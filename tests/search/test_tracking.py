@@ -1,5 +1,8 @@
+import contextlib
 import math
 import shutil
+import sqlite3
+import time
 
 import pytest
 from mlflow import MlflowClient
@@ -117,6 +120,24 @@ def test_what_a_stopped_search_missed_is_filled_in(experiment, search, tmp_path)
     assert (stopped.info.status, finished.info.status) == ("KILLED", "FINISHED")
     assert stopped.info.run_id == finished.info.run_id
     assert len(few) < len(children) == len(search.evaluations)
+
+
+def test_a_killed_driver_leaves_a_whole_database_or_none(search, tmp_path):
+    database, copy = tmp_path / "mlflow.db", tmp_path / "copy.db"
+    tracker = Tracker(Experiment(f"sqlite:///{database}", "x"), "key0", "name", PARAMS, {})
+    while not database.exists():
+        assert tracker.error is None
+        time.sleep(0.001)
+    shutil.copy(database, copy)  # What there would be, had it been killed now.
+    tracker.finish("FINISHED", {}, {}, {}, patience_s=60)
+
+    assert tracker.error is None
+    assert version(copy) == version(database) != []
+
+
+def version(database):
+    with contextlib.closing(sqlite3.connect(database)) as opened:
+        return opened.execute("SELECT version_num FROM alembic_version").fetchall()
 
 
 def test_a_failed_evaluation_is_a_failed_child_with_its_reason(experiment, tmp_path):

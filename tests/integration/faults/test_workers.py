@@ -45,7 +45,7 @@ class Faulty(RatioTrial):
             return len(file.read()) <= self._times
 
 
-def fit(search, folder, fault, times, max_failures=1):
+def fit(search, folder, fault, times):
     setup = dict.fromkeys(field.name for field in fields(TrialSetup)) | {"timeout_s": TIMEOUT_S}
     trainable = tune.with_parameters(
         Faulty,
@@ -61,7 +61,6 @@ def fit(search, folder, fault, times, max_failures=1):
         tune_config=tune.TuneConfig(search_alg=search, num_samples=-1, reuse_actors=True),
         run_config=tune.RunConfig(
             storage_path=str(folder / "ray"),
-            failure_config=tune.FailureConfig(max_failures=max_failures),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
@@ -70,7 +69,7 @@ def fit(search, folder, fault, times, max_failures=1):
 
 
 def small(folder):
-    return make_search(folder, steps=5, annealing={"seed": 3})
+    return make_search(folder, steps=5, annealing={"seed": 3}, max_failures=1)
 
 
 @pytest.mark.parametrize("fault", ["hangs", "dies"])
@@ -96,3 +95,23 @@ def test_a_batch_on_which_workers_go_wrong_again_and_again_fails(tmp_path, modul
     assert search.steps[0].event == "fail"
     assert len(search.steps) == 5
     assert search.winner is not None
+
+
+def test_a_worker_that_dies_between_two_batches_changes_nothing(tmp_path, module_ray):
+    """Ray Tune does not notice before it hands that worker the next one."""
+    search, undisturbed = small(tmp_path / "ledger"), small(tmp_path / "undisturbed")
+    settle = search.on_trial_complete
+    ended = []
+
+    def settle_and_kill(trial_id, result=None, error=False):
+        settle(trial_id, result, error)
+        ended.append(error)
+        if len(ended) in {4, 12}:
+            os.kill(result["pid"], signal.SIGKILL)
+
+    search.on_trial_complete = settle_and_kill
+    fit(search, tmp_path, None, times=0)
+    work(undisturbed)
+
+    assert ended.count(True) == 2
+    assert course(search) == course(undisturbed)

@@ -1,0 +1,55 @@
+import json
+import os
+
+import pytest
+from ray.cluster_utils import Cluster
+
+pytest.register_assert_rewrite("tests.integration.faults.sessions")
+
+from tests.integration.faults.sessions import Searching  # noqa: E402
+
+# Of each node.
+NODE = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80_000_000}
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_tmpdir):
+    """A Ray cluster of two nodes, a CPU each, whose processes are ours to end."""
+    with pytest.MonkeyPatch.context() as patch:
+        # It holds the address that address="auto" means: not the whole machine's.
+        patch.setenv("RAY_TMPDIR", ray_tmpdir)
+        nodes = Cluster(initialize_head=True, head_node_args=NODE)
+        nodes.add_node(**NODE)
+        yield nodes
+        nodes.shutdown()
+
+
+@pytest.fixture(scope="module")
+def reference(cluster, tmp_path_factory):
+    """The same search, left alone."""
+
+    def run(arguments):
+        if arguments not in run.known:
+            search = Searching(tmp_path_factory.mktemp("alone"), cluster.address, arguments)
+            search.finish()
+            run.known[arguments] = search
+        return run.known[arguments]
+
+    run.known = {}
+    return run
+
+
+@pytest.fixture
+def tally():
+    """Note how often a fault was injected and what it lost, for the README's table.
+
+    lost: rows that were in the ledger and are not any more, and rows that are there twice.
+    """
+
+    def note(fault, injected, lost):
+        if file := os.environ.get("CRDIFF_FAULTS"):
+            with open(file, "a") as out:
+                line = {"fault": fault, "injected": injected, "lost": lost}
+                out.write(json.dumps(line) + "\n")
+
+    return note

@@ -1,0 +1,73 @@
+"""The driver is killed again and again; the same command goes on."""
+
+import random
+import time
+
+from tests.integration.faults.program import reward_of
+from tests.integration.faults.sessions import Searching, check, check_tracked
+
+SIGKILL = -9
+RACING = ("racing=on", "racing.stride=2", "racing.alpha=0.4")
+
+
+def at_start(search):
+    """A moment: at once."""
+    return True
+
+
+def at_batch(number):
+    """A moment: so many batches are in the ledger."""
+    return lambda search: search.num_files >= number
+
+
+def at_result(name):
+    """A moment: a result is written; what comes after it, and MLflow's last, is not."""
+    return lambda search: name in search.results.files()
+
+
+# Two before the first batch, eight along the way, three at the end.
+MOMENTS = [
+    *(at_start, at_start),
+    *(at_batch(number) for number in (1, 3, 8, 14, 22, 36, 50, 60)),
+    *(at_result("history.parquet"), at_result("best_ratios.json"), at_start),
+]
+
+
+def campaign(search, moments, seed):
+    """Kill the driver soon after each moment, then let it end.
+
+    Returns how often it was killed, how many rows that lost, and the batches that were begun
+    although the ledger had a reward of theirs.
+    """
+    chance = random.Random(seed)
+    killed = lost = 0
+    again = []
+    for moment in [*moments, None]:
+        known = {row["reward"] for row in search.rows()}
+        num_begun = len(search.begun)
+        if moment is None:
+            search.finish()
+        else:
+            session = search.start()
+            search.wait(session, lambda moment=moment: moment(search))
+            time.sleep(chance.uniform(0, 0.3))
+            session.kill()
+            session.join()
+            killed += session.exitcode == SIGKILL
+        lost += search.lost()
+        for ratios, prompts in search.begun[num_begun:]:
+            again += [(ratios, p) for p in prompts if reward_of(ratios, p) in known]
+    return killed, lost, again
+
+
+def test_a_driver_killed_at_thirteen_moments_finds_what_one_left_alone_finds(
+    cluster, reference, tmp_path, tally
+):
+    search = Searching(tmp_path, cluster.address)
+    killed, lost, again = campaign(search, MOMENTS, seed=0)
+    tally("driver SIGKILL", killed, lost)
+
+    assert killed >= 10
+    assert (lost, again) == (0, [])
+    check(search, reference(()))
+    check_tracked(search)

@@ -1,0 +1,103 @@
+"""Workers and nodes of a running search die, and others join."""
+
+import time
+
+import psutil
+import pytest
+from ray._raylet import GcsClient
+
+from tests.integration.faults.conftest import NODE
+from tests.integration.faults.sessions import PATIENCE_S, Searching, check, check_tracked
+
+
+def workers(node):
+    """The processes of a node's workers that are at the search."""
+    raylet = psutil.Process(raylet_of(node).pid)
+    return [each for each in raylet.children() if "Analytic" in "".join(each.cmdline()[:1])]
+
+
+def raylet_of(node):
+    (started,) = node.all_processes["raylet"]
+    return started.process
+
+
+def last_node(cluster):
+    (node,) = cluster.worker_nodes
+    return node
+
+
+def replace_node(cluster, node):
+    """End what is left of a node, and let another one join."""
+    cluster.remove_node(node, allow_graceful=False)
+    cluster.add_node(**NODE)
+
+
+def a_worker_is_killed(cluster):
+    for each in workers(cluster.head_node)[:1] or workers(last_node(cluster))[:1]:
+        each.kill()
+
+
+def a_node_is_lost(cluster):
+    replace_node(cluster, last_node(cluster))
+
+
+def a_node_is_told_to_end(cluster):
+    """As before a preemption, by whoever sends SIGTERM."""
+    node = last_node(cluster)
+    raylet_of(node).terminate()
+    raylet_of(node).wait(PATIENCE_S)
+    replace_node(cluster, node)
+
+
+def a_node_is_preempted(cluster):
+    """As by Ray's autoscaler: it takes nothing new, and ends in a second."""
+    node, preemption = last_node(cluster), 2
+    deadline_ms = int(time.time() * 1000) + 1000
+    accepted, why = GcsClient(address=cluster.address).drain_node(
+        node.node_id, preemption, "a spot instance is taken back", deadline_ms
+    )
+    assert accepted, why
+    raylet_of(node).wait(PATIENCE_S)
+    replace_node(cluster, node)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [a_worker_is_killed, a_node_is_lost, a_node_is_told_to_end, a_node_is_preempted],
+    ids=lambda fault: fault.__name__,
+)
+def test_a_search_goes_on_when(fault, cluster, reference, tmp_path, tally):
+    search = Searching(tmp_path, cluster.address)
+    session = search.start()
+    moments = [6, 30]
+    for number in moments:
+        assert search.wait(session, lambda number=number: search.num_files >= number)
+        search.lost()
+        fault(cluster)
+    session.join(PATIENCE_S)
+    lost = search.lost()
+    tally(fault.__name__.replace("_", " "), len(moments), lost)
+
+    assert session.exitcode == 0, search.printed
+    assert lost == 0
+    check(search, reference(()))
+    check_tracked(search)
+
+
+def test_a_batch_that_kills_its_workers_is_a_rejection_with_a_reason(cluster, tmp_path, tally):
+    at = [0.3, 0.3, 0.3]
+    lethal = [at, ["search 0", "search 1"]]
+    search = Searching(tmp_path, cluster.address, ("trial.max_failures=1",), lethal=lethal)
+    search.finish()
+    tally("a batch kills its workers", 2, search.lost())
+    _, children = search.tracked()
+    failed = [row for row in search.rows() if row["failure"]]
+    (step,) = [row for row in search.course() if row["failure"]]
+    (child,) = [run for run in children if run.info.status == "FAILED"]
+
+    assert search.begun.count(lethal) == 2
+    assert [row["reward"] for row in failed] == [None, None]
+    assert "died again and again" in failed[0]["failure"]
+    assert (step["step"], step["event"], step["reward"]) == (1, "fail", None)
+    assert child.data.tags["failure"] == failed[0]["failure"]
+    assert search.lost() == 0
