@@ -187,9 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     code = 0
     try:
-        runs = _runs(Storage.at(parser.parse_args(arguments).output))
+        output = Storage.at(parser.parse_args(arguments).output)
+        runs = _runs(output)
         if not runs:
-            raise ConfigError("no search is there: give a run's folder, or the output of searches")
+            raise ConfigError(
+                f"{output}: no search is there: give a run's folder, or the output of searches"
+            )
         for run in runs:
             try:
                 print(f"{run}: {sync(run)}", flush=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -251,6 +252,38 @@ def test_no_secret_is_written_or_printed(finished, ray_tmpdir):
 
     for name, secret in SECRETS.items():
         assert [place for place, data in said if secret.encode() in data] == [], name
+
+
+def test_sync_fills_what_mlflow_has_lost(finished, tmp_path):
+    output = tmp_path / "copy"
+    shutil.copytree(finished.output, output)
+    (output / "mlflow.db").unlink()
+    (output / "shapes_24x40" / "annealing-seed0" / "run.json").rename(tmp_path / "run.json")
+
+    def sync(folder):
+        return subprocess.run(
+            [sys.executable, "-m", "search.sync", folder],
+            cwd="/",
+            env=finished.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    nothing = sync(output)
+    assert nothing.returncode == 2
+    assert nothing.stderr == (
+        f"error: {output}: no search is there: give a run's folder, or the output of searches\n"
+    )
+
+    (tmp_path / "run.json").rename(output / "shapes_24x40" / "annealing-seed0" / "run.json")
+    done = sync(output)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{output}/shapes_24x40/annealing-seed0: 10 evaluations, FINISHED\n"
+    client = MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("crdiff-search").experiment_id])
+    assert len(runs) == 1 + 10
+    assert {run.info.status for run in runs} == {"FINISHED"}
 
 
 def test_another_searcher_of_the_cell_shares_the_ledger(finished):
