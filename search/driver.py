@@ -115,6 +115,7 @@ def _run(plan: Plan, command: str, progress: Progress) -> Outcome:
             took_s = time.monotonic() - began_s
             # Nobody waits for MLflow longer than for a twentieth of what was paid for.
             tracked.close(status, max(5.0, 0.05 * took_s) if search.num_drawn else 60.0)
+            log.info("MLflow is done with", extra={"error": tracked.tracker.error})
     winner, dense = search.winner, search.of("dense")
     assert winner is not None
     assert dense is not None

@@ -127,10 +127,11 @@ def test_its_secrets_are_long_and_shown_nowhere(server):
 
 def track(server, key):
     """Write a search's run, as the driver does."""
-    tracker = Tracker(Experiment(server.uri, "crdiff-test"), key, "a search")
-    tracker.start({"seed": 0}, {"model": "analytic"})
-    tracker.chart(1, {"reward": 0.5})
-    tracker.finish("FINISHED", {}, {"verdict": "better"}, {"best_ratios.json": b"{}"})
+    experiment = Experiment(server.uri, "crdiff-test")
+    tracker = Tracker(experiment, key, "a search", {"seed": 0}, {"model": "analytic"})
+    tracker.chart(1, time.time(), {"reward": 0.5})
+    files = {"best_ratios.json": b"{}"}
+    tracker.finish("FINISHED", {}, {"verdict": "better"}, files, patience_s=60)
     return tracker
 
 

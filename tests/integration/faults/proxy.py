@@ -1,9 +1,37 @@
-"""A TCP proxy that does to connections what a bad network does."""
+"""A real MLflow server, and a TCP proxy that does to connections what a bad network does."""
 
 import contextlib
 import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
+
+from tests.integration.processes import free_port, stop
+
+
+@contextlib.contextmanager
+def serving(folder):
+    """Run an MLflow server on a database in the folder; yields its port."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", f"--port={port}"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            time.sleep(0.2)
+        yield port
+    finally:
+        stop(process)
 
 
 class Proxy:

@@ -1,12 +1,7 @@
 """MLflow behind a network that fails: the search does not notice, and nothing is missed."""
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from itertools import count
 
 import pytest
@@ -14,7 +9,7 @@ from mlflow import MlflowClient
 
 from search import tracking
 from search.tracking import EVALUATION_TAG, RUN_TAG, Experiment, Tracker
-from tests.integration.faults.proxy import Proxy
+from tests.integration.faults.proxy import Proxy, serving
 from tests.search.landscapes import make_search, work
 from tests.search.test_tracking import PARAMS, tell
 
@@ -24,31 +19,11 @@ _names = count()
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, mlflow_database):
-    """A real MLflow server of our own; its port."""
+    """The port of a real MLflow server of our own."""
     folder = tmp_path_factory.mktemp("server")
     shutil.copy(mlflow_database, folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", f"--port={port}"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < deadline, (folder / "log").read_text()
-                time.sleep(0.2)
+    with serving(folder) as port:
         yield port
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait(timeout=30)
 
 
 @pytest.fixture
