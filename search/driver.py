@@ -112,9 +112,11 @@ def _run(plan: Plan, command: str, progress: Progress) -> Outcome:
         progress.close()
         log.info("search ends: %s", status, extra={"reason": search.failure or search.ended_by})
         if tracked is not None:
-            took_s = time.monotonic() - began_s
-            # Nobody waits for MLflow longer than for a twentieth of what was paid for.
-            tracked.close(status, max(5.0, 0.05 * took_s) if search.num_drawn else 60.0)
+            # Nobody waits for MLflow longer than a twentieth of what the search took; a run that
+            # drew nothing is there to fill it.
+            patience_s = max(5.0, 0.05 * (time.monotonic() - began_s))
+            is_replay = search.finished and not search.num_drawn
+            tracked.close(status, 60.0 if is_replay else patience_s)
             log.info("MLflow is done with", extra={"error": tracked.tracker.error})
     winner, dense = search.winner, search.of("dense")
     assert winner is not None

@@ -72,14 +72,14 @@ class TrackedSearch:
         plan = self._plan
         comparison, winner = validated(plan), plan.search.winner
         metrics: dict[str, float] = {}
-        tags = {}
+        tags = {"failure": plan.search.failure} if plan.search.failure else {}
         if comparison is not None:
             metrics = {
                 "validation_difference": comparison.difference,
                 "validation_low": comparison.low,
                 "validation_high": comparison.high,
             }
-            tags = {"verdict": comparison.verdict}
+            tags["verdict"] = comparison.verdict
         if winner is not None:
             metrics |= {f"best_ratio_{group}": winner.ratios[group] for group in GROUPS}
         self.tracker.finish(status, metrics, tags, self._files(), patience_s)

@@ -128,14 +128,11 @@ class Tracker:
     # --- the thread --------------------------------------------------------------------------
 
     def _work(self) -> None:
-        job: Callable[[], None] | None = self._nothing
+        job: Callable[[], None] | None = self._close_abandoned
         while job is not None:
             if not self._does(job):
                 return
             job = self._jobs.get()
-
-    def _nothing(self) -> None:
-        """Do no more than open the parent run."""
 
     def _does(self, job: Callable[[], None]) -> bool:
         """Do it, however often it takes; False if time is up first."""
@@ -197,7 +194,6 @@ class Tracker:
         histories = (client.get_metric_history(self.run_id, key) for key in self._metrics)
         self._charted = {point.step for history in histories for point in history}
         self._children = self._find_children(client, self.run_id)
-        self._close_abandoned(client)
         return client
 
     def _search(self, client: Any, query: str) -> list[Any]:
@@ -237,15 +233,15 @@ class Tracker:
                 children[name] = _Child(run.info.run_id, is_complete)
         return children
 
-    def _close_abandoned(self, client: Any) -> None:
+    def _close_abandoned(self) -> None:
         """Close the runs that drivers left open when they were killed."""
         abandoned = set(self._abandoned()) - {self._run_key}
-        for run in self._search(client, "attributes.status = 'RUNNING'"):
+        for run in self._search(self._client, "attributes.status = 'RUNNING'"):
             if run.data.tags.get(RUN_TAG) in abandoned:
-                for child in self._find_children(client, run.info.run_id).values():
+                for child in self._find_children(self._client, run.info.run_id).values():
                     if not child.is_complete:
-                        client.set_terminated(child.run_id, "KILLED")
-                client.set_terminated(run.info.run_id, "KILLED")
+                        self._client.set_terminated(child.run_id, "KILLED")
+                self._client.set_terminated(run.info.run_id, "KILLED")
 
     def _chart(self, step: int, at: float, metrics: Mapping[str, float]) -> None:
         if step not in self._charted:
