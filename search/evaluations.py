@@ -184,8 +184,8 @@ class Evaluations:
             return
         if result is None:
             result = {
-                "failure": "its worker died, could not start, or took longer than trial.timeout_s: "
-                "see Ray's logs",
+                "failure": "its worker died, could not start, or took longer than "
+                "trial.timeout_s: see Ray's logs",
                 "transient": True,
             }
         failure: str | None = result.get("failure")

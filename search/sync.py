@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from crdiff_core.errors import CRDiffError
@@ -22,6 +23,7 @@ from search.tracking import Experiment, Status, Tracker
 
 log = logging.getLogger(__name__)
 
+_SQLITE = "sqlite:///"
 _PROGRESS_INTERVAL_S = 10.0
 
 
@@ -96,16 +98,22 @@ class TrackedSearch:
 
 def _experiment(plan: Plan) -> Experiment:
     settings = plan.config.tracking
-    if settings.uri:
-        return Experiment(settings.uri, settings.experiment)
-    output = plan.folder.parent.parent.local
-    if output is None:
-        raise ConfigError(
-            f"MLflow's database cannot lie in {plan.config.output}: set tracking.uri to a "
-            "server's, or tracking=none"
-        )
-    artifacts = (output / "mlartifacts").as_uri()
-    return Experiment(f"sqlite:///{output / 'mlflow.db'}", settings.experiment, artifacts)
+    uri = settings.uri
+    if not uri:
+        output = plan.folder.parent.parent.local
+        if output is None:
+            raise ConfigError(
+                f"MLflow's database cannot lie in {plan.config.output}: set tracking.uri to a "
+                "server's, or tracking=none"
+            )
+        uri = f"{_SQLITE}{output / 'mlflow.db'}"
+    if not uri.startswith(_SQLITE):
+        return Experiment(uri, settings.experiment)
+    # Beside the database; MLflow would put them wherever the search was started.
+    database = Path(uri.removeprefix(_SQLITE)).absolute()
+    return Experiment(
+        f"{_SQLITE}{database}", settings.experiment, (database.parent / "mlartifacts").as_uri()
+    )
 
 
 def _charts(steps: list[Step]) -> dict[str, float]:
