@@ -24,6 +24,21 @@ def cluster(ray_tmpdir):
         nodes.shutdown()
 
 
+@pytest.fixture
+def searching(cluster, tmp_path):
+    """Make a search on the cluster; whatever happens, no session of it goes on after the test."""
+    made = []
+
+    def make(*arguments, **options):
+        folder = tmp_path / f"search{len(made)}"
+        made.append(Searching(folder, cluster.address, arguments, **options))
+        return made[-1]
+
+    yield make
+    for search in made:
+        search.kill()
+
+
 @pytest.fixture(scope="module")
 def reference(cluster, tmp_path_factory):
     """The same search, left alone."""

@@ -44,11 +44,13 @@ class Searching:
     lethal: list | None = None
 
     def __post_init__(self):
-        self.folder.mkdir(exist_ok=True)
+        self.holds = self.folder / "holds"
+        self.holds.mkdir(parents=True)
         self.place = self.place or str(self.folder / "runs")
         self.mlflow = f"sqlite:///{self.folder / 'mlflow.db'}"
         self.ledger = Storage.at(self.place) / "shapes_24x40" / "ledger"
         self._files = {}
+        self._sessions = []
 
     def start(self):
         """Begin a session; returns its process."""
@@ -60,10 +62,23 @@ class Searching:
         ]
         session = SESSIONS.Process(
             target=program.run,
-            args=(arguments, str(self._begun), self.lethal, str(self.folder / "log")),
+            args=(
+                arguments,
+                str(self._begun),
+                str(self.holds),
+                self.lethal,
+                str(self.folder / "log"),
+            ),
         )
         session.start()
+        self._sessions.append(session)
         return session
+
+    def kill(self):
+        """End its sessions, if there are any left."""
+        for session in self._sessions:
+            session.kill()
+            session.join()
 
     def finish(self):
         """Run a session to its end."""

@@ -3,8 +3,10 @@
 import random
 import time
 
+import pytest
+
 from tests.integration.faults.program import reward_of
-from tests.integration.faults.sessions import Searching, check, check_tracked
+from tests.integration.faults.sessions import check, check_tracked
 
 SIGKILL = -9
 RACING = ("racing=on", "racing.stride=2", "racing.alpha=0.4")
@@ -60,14 +62,42 @@ def campaign(search, moments, seed):
     return killed, lost, again
 
 
+@pytest.fixture(params=["a folder", "an object store"])
+def elsewhere(request, tmp_path):
+    """Where results are kept; '' is a folder of the search's own."""
+    return "" if request.param == "a folder" else request.getfixturevalue("s3")
+
+
 def test_a_driver_killed_at_thirteen_moments_finds_what_one_left_alone_finds(
-    cluster, reference, tmp_path, tally
+    searching, reference, tally
 ):
-    search = Searching(tmp_path, cluster.address)
+    search = searching()
     killed, lost, again = campaign(search, MOMENTS, seed=0)
     tally("driver SIGKILL", killed, lost)
 
     assert killed >= 10
     assert (lost, again) == (0, [])
     check(search, reference(()))
+    check_tracked(search)
+
+
+def moments(num_kills, seed):
+    """So many moments at which to kill a driver, one at least of each kind."""
+    chance = random.Random(seed)
+    batches = sorted(chance.sample(range(1, 60), num_kills - len(MOMENTS) + 8))
+    return [*MOMENTS[:2], *map(at_batch, batches), *MOMENTS[-3:]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("arguments", [(), RACING], ids=["racing off", "racing on"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_driver_killed_thirty_times(arguments, seed, elsewhere, searching, reference, tally):
+    search = searching(*arguments, place=elsewhere)
+    killed, lost, again = campaign(search, moments(30, seed), seed)
+    tally("driver SIGKILL" + ", object store" * bool(elsewhere), killed, lost)
+
+    assert killed >= 25
+    assert (lost, again) == (0, [])
+    check(search, reference(arguments))
     check_tracked(search)
