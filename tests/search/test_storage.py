@@ -51,6 +51,16 @@ def test_a_folder_that_is_not_there_has_no_files(place):
     assert (Storage.at(place) / "nowhere").files() == {}
 
 
+def test_folders_are_those_in_it_by_name(storage):
+    for name in ("b", "a"):
+        (storage / name).make()
+        (storage / name).write("file", b"")
+    storage.write("file", b"")
+
+    assert storage.folders() == [storage / "a", storage / "b"]
+    assert (storage / "not there").folders() == []
+
+
 def test_a_place_is_found_again_by_its_text(storage):
     storage.write("a.json", b"it")
 
