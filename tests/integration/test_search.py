@@ -94,7 +94,7 @@ def test_the_exported_file_works_in_diffusers_code(finished):
     assert image.size == (40, 24)
 
 
-@pytest.mark.parametrize("racing", ["off", "on"])
+@pytest.mark.parametrize("racing", [pytest.param("off", marks=pytest.mark.slow), "on"])
 def test_one_and_two_workers_find_the_same(tmp_path, environment, racing):
     """Really in parallel: two workers evaluate ahead what one does not."""
     arguments = ("budget.steps=8", "searcher.space_filling=2", "tracking=none")

@@ -13,8 +13,6 @@ from ray import cloudpickle
 
 from search.trial import RatioTrial
 
-BATCH_S = 0.05
-
 
 def reward_of(ratios, prompt):
     """A smooth optimum, plus noise: dense is at 0, and no two rewards are equal."""
@@ -26,12 +24,14 @@ def reward_of(ratios, prompt):
 class Analytic(RatioTrial):
     """A worker that notes each batch in the file `begun`, and dies of what is `lethal`.
 
-    holds: a folder; while it has a file 6, no batch from the sixth on is finished.
+    holds:   a folder; while it has a file 6, no batch from the sixth on is finished.
+    batch_s: seconds that a batch takes.
     """
 
     begun: str
     holds: str
     lethal: list | None
+    batch_s: float
     # Unpickling the real one imports torch.
     _setup = SimpleNamespace(timeout_s=None)
 
@@ -40,7 +40,7 @@ class Analytic(RatioTrial):
         prompts = [f"{self.config['prompts']} {number}" for number in self.config["batch"]]
         with open(self.begun, "a") as file:  # In one write, so that no other's comes between.
             file.write(json.dumps([ratios, prompts]) + "\n")
-        time.sleep(BATCH_S)
+        time.sleep(self.batch_s)
         while self._is_held():
             time.sleep(0.02)
         if self.lethal == [ratios, prompts]:
@@ -48,7 +48,7 @@ class Analytic(RatioTrial):
         measured = SimpleNamespace(
             rewards=tuple(reward_of(ratios, prompt) for prompt in prompts),
             sparsity=self.config["ratios"],
-            seconds={"render": BATCH_S},
+            seconds={"render": self.batch_s},
             batch_size=len(prompts),
         )
         return {"measured": measured, "done": True}
@@ -59,15 +59,20 @@ class Analytic(RatioTrial):
         return any(num_begun >= int(number) for number in os.listdir(self.holds))
 
 
-def run(arguments, begun, holds, lethal, log):
-    """Be `python -m search.run ARGUMENTS`, which prints to the file `log`."""
+def run(arguments, environment, log, worker):
+    """Be `python -m search.run ARGUMENTS`, which prints to the file `log`.
+
+    worker: what an Analytic has.
+    """
     import search.driver
     from search.run import main
 
     with open(log, "a") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    Analytic.begun, Analytic.holds, Analytic.lethal = begun, holds, lethal
+    os.environ |= environment
+    for name, value in worker.items():
+        setattr(Analytic, name, value)
     # So that workers need neither this module nor what the tests import.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     search.driver.RatioTrial = Analytic

@@ -1,12 +1,18 @@
 """The driver is killed again and again; the same command goes on."""
 
+import json
+import os
 import random
+import signal
 import time
 
 import pytest
 
 from tests.integration.faults.program import reward_of
-from tests.integration.faults.sessions import check, check_tracked
+from tests.integration.faults.sessions import PATIENCE_S, check, check_tracked
+
+# It has as much to do as many others together.
+pytestmark = pytest.mark.timeout(1800)
 
 SIGKILL = -9
 RACING = ("racing=on", "racing.stride=2", "racing.alpha=0.4")
@@ -77,6 +83,33 @@ def test_a_driver_killed_at_thirteen_moments_finds_what_one_left_alone_finds(
 
     assert killed >= 10
     assert (lost, again) == (0, [])
+    check(search, reference(()))
+    check_tracked(search)
+
+
+def test_a_driver_that_is_preempted_writes_down_what_is_being_drawn(searching, reference, tally):
+    search = searching()
+    session = search.start()
+    search.wait(session, lambda: search.num_files >= 9)
+    os.kill(session.pid, signal.SIGTERM)
+    session.join(PATIENCE_S)
+    stopped = search.printed
+    known = {row["reward"] for row in search.rows()}
+    (parent,), children = search.tracked()
+    tally("driver SIGTERM", 1, search.lost())
+
+    assert session.exitcode == 130
+    assert "WARNING: SIGTERM: what is being drawn is finished" in stopped
+    assert "Stopped; nothing measured is lost. To go on: python -m search.run" in stopped
+    assert "Traceback" not in stopped
+    assert len(known) == sum(len(prompts) for _, prompts in search.begun)
+    assert parent.info.status == "KILLED"
+    assert {run.info.status for run in children} == {"FINISHED"}
+    lines = search.results.read("log.jsonl").decode().splitlines()
+    assert "search ends: KILLED" in [json.loads(line)["message"] for line in lines]
+
+    search.finish()
+    assert search.lost() == 0
     check(search, reference(()))
     check_tracked(search)
 

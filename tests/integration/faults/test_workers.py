@@ -68,11 +68,15 @@ def fit(search, folder, fault, times):
     return search
 
 
+# Ray's part is the same: one is enough for every day.
+FAULTS = pytest.mark.parametrize("fault", ["hangs", pytest.param("dies", marks=pytest.mark.slow)])
+
+
 def small(folder):
     return make_search(folder, steps=5, annealing={"seed": 3}, max_failures=1)
 
 
-@pytest.mark.parametrize("fault", ["hangs", "dies"])
+@FAULTS
 def test_a_worker_that_goes_wrong_once_changes_nothing(tmp_path, module_ray, fault):
     search = fit(small(tmp_path / "ledger"), tmp_path, fault, times=1)
     undisturbed = small(tmp_path / "undisturbed")
@@ -84,7 +88,7 @@ def test_a_worker_that_goes_wrong_once_changes_nothing(tmp_path, module_ray, fau
     assert len({(row["key"], row["prompt"], row["seed"]) for row in rows}) == len(rows)
 
 
-@pytest.mark.parametrize("fault", ["hangs", "dies"])
+@FAULTS
 def test_a_batch_on_which_workers_go_wrong_again_and_again_fails(tmp_path, module_ray, fault):
     search = fit(small(tmp_path / "ledger"), tmp_path, fault, times=9)
     failed = [e for e in search.evaluations if e.failure is not None]
