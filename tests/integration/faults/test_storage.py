@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from search.ledger import Ledger
+from search.ledger import Ledger, LedgerError
 from search.storage import Storage, StorageError
-from tests.search.landscapes import course, make_search, work
+from tests.search.landscapes import RECIPE, course, make_search, work
+from tests.search.test_ledger import PROMPTS, RATIOS, written
 
 
 class Full(Storage):
@@ -45,3 +46,25 @@ def test_a_disk_that_fills_up_ends_the_search_and_costs_nothing(tmp_path, seed, 
     assert course(again) == course(undisturbed)
     assert doubled == 0
     tally("disk full", 1, doubled)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_ledger_file_that_was_damaged_is_left_out_or_right(tmp_path, seed, tally):
+    """A bit turned anywhere, or the file cut anywhere, is never another reward."""
+    written(tmp_path)
+    (file,) = tmp_path.iterdir()
+    data, chance = bytearray(file.read_bytes()), random.Random(seed)
+    where = chance.randrange(len(data))
+    if seed % 4:
+        data[where] ^= 1 << chance.randrange(8)
+    else:
+        del data[where:]
+    file.write_bytes(data)
+    try:
+        entry = Ledger(tmp_path).get(RECIPE.key(RATIOS), PROMPTS[0])
+    except LedgerError:  # The version itself was damaged.
+        entry = None
+    is_false = entry is not None and entry.reward != 0.25
+    tally("ledger file damaged", 1, is_false)
+
+    assert not is_false

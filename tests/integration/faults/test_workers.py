@@ -77,21 +77,27 @@ def small(folder):
 
 
 @FAULTS
-def test_a_worker_that_goes_wrong_once_changes_nothing(tmp_path, module_ray, fault):
+def test_a_worker_that_goes_wrong_once_changes_nothing(tmp_path, module_ray, fault, tally):
     search = fit(small(tmp_path / "ledger"), tmp_path, fault, times=1)
     undisturbed = small(tmp_path / "undisturbed")
     work(undisturbed)
     rows = Ledger(tmp_path / "ledger").table().to_pylist()
 
+    doubled = len(rows) - len({(row["key"], row["prompt"], row["seed"]) for row in rows})
+    tally(f"a worker {fault}", 1, doubled)
+
     assert (tmp_path / "counter").read_text() == "xx"
     assert course(search) == course(undisturbed)
-    assert len({(row["key"], row["prompt"], row["seed"]) for row in rows}) == len(rows)
+    assert doubled == 0
 
 
 @FAULTS
-def test_a_batch_on_which_workers_go_wrong_again_and_again_fails(tmp_path, module_ray, fault):
+def test_a_batch_that_workers_go_wrong_on_again_and_again_fails(
+    tmp_path, module_ray, fault, tally
+):
     search = fit(small(tmp_path / "ledger"), tmp_path, fault, times=9)
     failed = [e for e in search.evaluations if e.failure is not None]
+    tally(f"a worker {fault}", 2, 0)
 
     assert (tmp_path / "counter").read_text() == "xx"
     assert [e.ratios for e in failed] == [BlockRatios(0.3, 0.3, 0.3)]
