@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
+from reprlib import repr as shown
 from typing import Any
 
 import torch
@@ -189,8 +190,8 @@ def _check_made_for(file: RatiosFile, unet: Any) -> None:
     found = num_prunable(unet.dense if isinstance(unet, POADenoiser) else unet)
     if searched is not None and searched != found:
         raise RatiosError(
-            f"these ratios are of {file.model}, whose groups have {searched} prunable weights, "
-            f"and this UNet's have {found}: {remedy}"
+            f"these ratios are of {file.model}, whose groups have {shown(searched)} prunable "
+            f"weights, and this UNet's have {found}: {remedy}"
         )
     # The reference's files have no counts, and SD1.5's and SD2.1's are equal.
     name = re.sub(r"[^a-z0-9]", "", file.model.lower())

@@ -165,7 +165,7 @@ class RatiosFile:
                 f"pruning_method {shown(method)} is unknown: only 'ratio' is supported"
             )
         name = config.get("name", "")
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not name.isprintable():
             raise RatiosError(f"model_config.name {shown(name)} is not text: export it again")
         provenance = _mapping(raw, "provenance") if "provenance" in raw else {}
         try:

@@ -264,11 +264,20 @@ def _without_password(uri: str) -> str:
     return uri
 
 
+def _known(uri: str) -> str:
+    if uri and not re.match(r"(https?|sqlite|postgresql|mysql|mssql)(\+\w+)?://", uri):
+        raise ValueError(
+            f"got {shown(uri)}: give an MLflow server, http://HOST:PORT, or a database, such as "
+            "sqlite:////folder/mlflow.db"
+        )
+    return uri
+
+
 class TrackingSettings(Settings):
     """conf/tracking: where MLflow keeps its runs; `uri: ""` is a database under output."""
 
     name: Literal["mlflow", "none"]
-    uri: Annotated[str, AfterValidator(_without_password)]
+    uri: Annotated[str, AfterValidator(_without_password), AfterValidator(_known)]
     experiment: str
 
 

@@ -18,6 +18,7 @@ from crdiff_core.errors import CRDiffError
 from search.cluster import connect, num_workers, start_at_once
 from search.comparison import Comparison
 from search.config import Config, ConfigError
+from search.deadline import Deadline
 from search.evaluation_search import EvaluationSearch
 from search.evaluations import Evaluation
 from search.export import HISTORY_FILE, RATIOS_FILE, validated, write_history, write_ratios
@@ -148,7 +149,11 @@ def _begin_folder(plan: Plan, command: str) -> None:
         for name in (RUN_FILE, RATIOS_FILE, HISTORY_FILE):
             if name in folder.files():
                 folder.move(name, kept)
-        log.warning("the settings have changed; the earlier results are in %s", kept)
+        log.warning(
+            "other settings than before, or a damaged %s: the earlier results are in %s",
+            RUN_FILE,
+            kept,
+        )
     _record(plan, command)
 
 
@@ -210,7 +215,6 @@ def _fit(plan: Plan, command: str) -> None:
             prompt_sets=plan.prompt_sets,
             device="cuda" if on_gpu else "cpu",
             num_threads=settings.cpus_per_trial,
-            timeout_s=plan.config.trial.timeout_s,
         )
         trainable = tune.with_parameters(RatioTrial, setup=pickle.dumps(setup))
         tune.Tuner(
@@ -227,9 +231,18 @@ def _fit(plan: Plan, command: str) -> None:
                 # trials twice, and fails the next trial by it. Preempted ones it does try again.
                 failure_config=tune.FailureConfig(max_failures=0),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                callbacks=_deadlines(plan),
                 verbose=0,
             ),
         ).fit()
+
+
+def _deadlines(plan: Plan) -> list[Deadline]:
+    timeout_s = plan.config.trial.timeout_s
+    if timeout_s is None:
+        return []
+    reason = f"it took longer than trial.timeout_s={timeout_s:g}, which includes loading the model"
+    return [Deadline(timeout_s, lambda trial_id: plan.search.give_up(trial_id, reason))]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from search.batching import Batching
 from search.budget import Budget, Use
 from search.evaluations import Batch, Evaluation, Evaluations, Kind, OpenEvaluation
 from search.ledger import Ledger, Recipe
+from search.logs import LOG_FILE
 from search.racing import Expectation, Race
 from search.searchers import AnnealingSearch
 from search.space import Candidate, Space
@@ -26,6 +27,7 @@ from search.storage import StorageError
 METRIC = "reward"
 # Failed evaluations after which a search that has seen no success gives up.
 _HOPELESS = 3
+_DIED = f"its worker died or could not start: {LOG_FILE} beside the results has Ray's reason"
 _RETRY = ": mend that and run again with trial.retry_failed=true"
 
 
@@ -123,6 +125,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         self._results: dict[str, Evaluation] = {}
         self._num_told = 0
         self._trials: dict[str, tuple[OpenEvaluation, Batch]] = {}
+        self._reasons: dict[str, str] = {}
         # Of every search evaluation, how many prompts were drawn; sorted.
         self._drawn: list[int] = []
         self._num_suggested = 0
@@ -169,12 +172,18 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             return
         self._latest_s = self._clock()
         evaluation, batch = self._trials.pop(trial_id)
+        if error:
+            result = {"failure": self._reasons.pop(trial_id, _DIED), "transient": True}
         try:
-            self._work.settle(evaluation, batch, result, error)
+            self._work.settle(evaluation, batch, result)
         except StorageError as broken:
             self.fail(str(broken))
         else:
             self._tell(evaluation)
+
+    def give_up(self, trial_id: str, reason: str) -> None:
+        """Note why a trial is about to end with an error."""
+        self._reasons[trial_id] = reason
 
     def fail(self, reason: str) -> None:
         """End the search with what it has; from any thread. The first reason counts."""

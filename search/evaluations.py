@@ -173,21 +173,16 @@ class Evaluations:
         return tuple(evaluation.todo.popleft() for _ in range(size))
 
     def settle(
-        self, evaluation: OpenEvaluation, batch: Batch, result: dict[str, Any] | None, error: bool
+        self, evaluation: OpenEvaluation, batch: Batch, result: Mapping[str, Any] | None
     ) -> None:
         """Write what a trial brought to the ledger, or hand its batch out again.
 
+        result: None: it was ended before it began.
         Raises StorageError if it cannot be written.
         """
-        if result is None and not error:  # Ended by Ray before it began: not its fault.
+        if result is None:
             evaluation.todo.extendleft(reversed(batch))
             return
-        if result is None:
-            result = {
-                "failure": "its worker died, could not start, or took longer than "
-                "trial.timeout_s: see Ray's logs",
-                "transient": True,
-            }
         failure: str | None = result.get("failure")
         if failure is None:
             measured: Measurement = result["measured"]

@@ -203,11 +203,15 @@ class Ledger:
                     io.BytesIO(data), schema=SCHEMA, page_checksum_verification=True
                 )
         except KeyError:
-            log.warning("%s is no ledger file and is left out", place)
+            log.warning("%s is no ledger file and is left out: move it away", place)
             return None
         except (ArrowException, ValueError, OSError) as error:
             reason = str(error).partition("\n")[0]
-            log.warning("%s cannot be read and is left out: %s", place, reason)
+            log.warning(
+                "%s cannot be read and is left out: %s: delete it, its pictures are drawn again",
+                place,
+                reason,
+            )
             return None
         raise LedgerError(
             f"{place} was written by a newer version of crdiff-search (schema {version}, this one "

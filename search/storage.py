@@ -102,7 +102,9 @@ class Storage:
                 _write_durably(self.local / name, data)
         except OSError as error:
             raise (self / name)._failed(
-                error, "free space there or set output to another place; what is there is kept"
+                error,
+                "free space there, or copy the folder to another place and set output to it; what "
+                "is there is kept",
             ) from error
 
     def move(self, name: str, target: Storage) -> None:

@@ -145,7 +145,7 @@ class Tracker:
                 job()
             except Exception as error:  # Whatever MLflow raises, the search must not notice.
                 self._client = None
-                self._say(" ".join(str(error).split())[:300] or type(error).__name__)
+                self._say(self._reason(error))
             else:
                 self.error = None
                 return True
@@ -153,6 +153,14 @@ class Tracker:
                 return False
             self._is_last_try.wait(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _reason(self, error: Exception) -> str:
+        root: BaseException = error
+        while (cause := root.__cause__ or root.__context__) is not None:
+            root = cause
+        if isinstance(root, OSError):  # MLflow, requests and urllib3 wrap it in a line each.
+            return f"{self._experiment.uri}: {root.strerror or root}"
+        return " ".join(str(error).split())[:300] or type(error).__name__
 
     def _say(self, error: str) -> None:
         if self.error is None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import faulthandler
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
@@ -27,7 +25,6 @@ class TrialSetup:
     reward_options:    of `crdiff_core.rewards.load_reward`, and the version they give the driver.
     device:            auto, cpu or cuda.
     num_threads:       CPU threads for torch.
-    timeout_s:         after which a step is given up, with its process; None: never.
     """
 
     model: Model
@@ -44,7 +41,6 @@ class TrialSetup:
     prompt_sets: Mapping[str, PromptSet]
     device: str
     num_threads: int
-    timeout_s: float | None
 
 
 class RatioTrial(tune.Trainable):  # type: ignore[misc]
@@ -61,14 +57,9 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any], setup: bytes) -> None:
         """Take the pickled TrialSetup."""
-        self._pickled = setup
+        self._setup = setup
         self._is_loaded = False
         self._broken: str | None = None
-
-    @cached_property
-    def _setup(self) -> TrialSetup:
-        setup: TrialSetup = pickle.loads(self._pickled)
-        return setup
 
     def _load(self) -> None:
         import torch
@@ -78,7 +69,7 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
         from crdiff_core.rewards import load_reward
 
         self._is_loaded = True
-        setup = self._setup
+        setup: TrialSetup = pickle.loads(self._setup)
         torch.set_num_threads(setup.num_threads)
         self._prompts = {name: each.prompts for name, each in setup.prompt_sets.items()}
         try:
@@ -110,19 +101,7 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
         return True
 
     def step(self) -> dict[str, Any]:
-        """Prune, draw and score one prompt batch; what hangs takes its process with it.
-
-        So Ray starts the trial again in another one, as after any death of a worker.
-        """
-        if self._setup.timeout_s is not None:
-            # Not a thread of Python's: what hangs may not let one run.
-            faulthandler.dump_traceback_later(self._setup.timeout_s, exit=True)
-        try:
-            return self._draw()
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-
-    def _draw(self) -> dict[str, Any]:
+        """Prune, draw and score one prompt batch."""
         if not self._is_loaded:
             self._load()
         from crdiff_core.errors import CRDiffError

@@ -32,10 +32,8 @@ class Analytic(RatioTrial):
     holds: str
     lethal: list | None
     batch_s: float
-    # Unpickling the real one imports torch.
-    _setup = SimpleNamespace(timeout_s=None)
 
-    def _draw(self):
+    def step(self):
         ratios = list(self.config["ratios"].values())
         prompts = [f"{self.config['prompts']} {number}" for number in self.config["batch"]]
         with open(self.begun, "a") as file:  # In one write, so that no other's comes between.

@@ -117,7 +117,7 @@ def test_a_batch_that_kills_its_workers_is_a_rejection_with_a_reason(searching, 
 
     assert search.begun.count(lethal) == 2
     assert [row["reward"] for row in failed] == [None, None]
-    assert "its worker died, could not start, or took longer" in failed[0]["failure"]
+    assert "its worker died or could not start" in failed[0]["failure"]
     assert (step["step"], step["event"], step["reward"]) == (1, "fail", None)
     assert child.data.tags["failure"] == failed[0]["failure"]
     assert search.lost() == 0

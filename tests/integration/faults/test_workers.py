@@ -1,27 +1,26 @@
 import os
-import pickle
 import signal
 import time
-from dataclasses import fields
 
 import pytest
 from ray import tune
 
 from crdiff_core.ratios import BlockRatios
 from search.cluster import start_at_once
+from search.deadline import Deadline
 from search.ledger import Ledger
-from search.trial import RatioTrial, TrialSetup
+from search.trial import RatioTrial
 from tests.search.landscapes import PROMPTS, course, make_search, measure, work
 
 # On this prompt of the starting point it goes wrong.
 BAD, AT = 4, dict.fromkeys(("down", "mid", "up"), 0.3)
-TIMEOUT_S = 3.0
+TIMEOUT_S, LATE = 5.0, "it took too long"
 
 
 class Faulty(RatioTrial):
     """A worker that measures the analytic reward, and that goes wrong on one batch.
 
-    fault: hangs or dies; times: how often; counter: a file that counts.
+    fault: stops (as it is, without an end), hangs or dies; times: how often; counter: a file.
     """
 
     def setup(self, config, setup, fault, times, counter):
@@ -29,11 +28,11 @@ class Faulty(RatioTrial):
         self._is_loaded, self._broken = True, "no replica to close"
         self._fault, self._times, self._counter = fault, times, counter
 
-    def _draw(self):
+    def step(self):
         if self.config["ratios"] == AT and BAD in self.config["batch"] and self._is_due():
             if self._fault == "hangs":
                 time.sleep(600)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGSTOP if self._fault == "stops" else signal.SIGKILL)
         prompts = PROMPTS[self.config["prompts"]].prompts
         batch = [prompts[number] for number in self.config["batch"]]
         return {"measured": measure(BlockRatios(**self.config["ratios"]), batch), "done": True}
@@ -46,10 +45,9 @@ class Faulty(RatioTrial):
 
 
 def fit(search, folder, fault, times):
-    setup = dict.fromkeys(field.name for field in fields(TrialSetup)) | {"timeout_s": TIMEOUT_S}
     trainable = tune.with_parameters(
         Faulty,
-        setup=pickle.dumps(TrialSetup(**setup)),
+        setup=b"",
         fault=fault,
         times=times,
         counter=str(folder / "counter"),
@@ -61,6 +59,7 @@ def fit(search, folder, fault, times):
         tune_config=tune.TuneConfig(search_alg=search, num_samples=-1, reuse_actors=True),
         run_config=tune.RunConfig(
             storage_path=str(folder / "ray"),
+            callbacks=[Deadline(TIMEOUT_S, lambda trial_id: search.give_up(trial_id, LATE))],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
@@ -69,7 +68,9 @@ def fit(search, folder, fault, times):
 
 
 # Ray's part is the same: one is enough for every day.
-FAULTS = pytest.mark.parametrize("fault", ["hangs", pytest.param("dies", marks=pytest.mark.slow)])
+FAULTS = pytest.mark.parametrize(
+    "fault", ["stops", *(pytest.param(each, marks=pytest.mark.slow) for each in ("hangs", "dies"))]
+)
 
 
 def small(folder):
@@ -91,7 +92,8 @@ def test_a_worker_that_goes_wrong_once_changes_nothing(tmp_path, module_ray, fau
     assert doubled == 0
 
 
-@FAULTS
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["stops", "hangs", "dies"])
 def test_a_batch_that_workers_go_wrong_on_again_and_again_fails(
     tmp_path, module_ray, fault, tally
 ):
@@ -101,7 +103,8 @@ def test_a_batch_that_workers_go_wrong_on_again_and_again_fails(
 
     assert (tmp_path / "counter").read_text() == "xx"
     assert [e.ratios for e in failed] == [BlockRatios(0.3, 0.3, 0.3)]
-    assert "died, could not start, or took longer than" in failed[0].failure
+    reason = "its worker died or could not start: log.jsonl" if fault == "dies" else LATE
+    assert failed[0].failure.startswith(reason)
     assert search.steps[0].event == "fail"
     assert len(search.steps) == 5
     assert search.winner is not None
