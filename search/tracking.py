@@ -44,12 +44,6 @@ class Experiment:
     artifacts: str = ""
 
 
-@dataclass
-class _Child:
-    run_id: str
-    is_complete: bool = False
-
-
 class Tracker:
     """One MLflow parent run for a search, with a child run for each evaluation.
 
@@ -80,7 +74,7 @@ class Tracker:
         self._tags = {key: value[:_LONGEST] for key, value in tags.items()}
         self._abandoned = abandoned
         self._client: Any = None
-        self._children: dict[str, _Child] = {}
+        self._known: set[str] = set()
         self._charted: set[int] = set()
         self._metrics: dict[str, float] = {}
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -201,7 +195,7 @@ class Tracker:
         self._metrics = parent.data.metrics
         histories = (client.get_metric_history(self.run_id, key) for key in self._metrics)
         self._charted = {point.step for history in histories for point in history}
-        self._children = self._find_children(client, self.run_id)
+        self._known = self._complete_children(client)
         return client
 
     def _search(self, client: Any, query: str) -> list[Any]:
@@ -229,26 +223,28 @@ class Tracker:
         while batch := list(islice(missing, _MOST_PARAMS)):
             client.log_batch(self.run_id, params=batch)
 
-    def _find_children(self, client: Any, parent: str) -> dict[str, _Child]:
-        """Return the parent's children by their names; one that is there twice is deleted."""
-        children: dict[str, _Child] = {}
-        for run in self._search(client, f"tags.`mlflow.parentRunId` = '{parent}'"):
+    def _children(self, client: Any, parent: str | None) -> list[Any]:
+        return self._search(client, f"tags.`mlflow.parentRunId` = '{parent}'")
+
+    def _complete_children(self, client: Any) -> set[str]:
+        """Return the names of the complete children; the others, and doubles, are deleted."""
+        names: set[str] = set()
+        for run in self._children(client, self.run_id):
             name = run.data.tags.get(EVALUATION_TAG, "")
-            if name in children:
+            if name in names or run.info.status not in {"FINISHED", "FAILED"}:
                 client.delete_run(run.info.run_id)
             else:
-                is_complete = run.info.status in {"FINISHED", "FAILED"}
-                children[name] = _Child(run.info.run_id, is_complete)
-        return children
+                names.add(name)
+        return names
 
     def _close_abandoned(self) -> None:
         """Close the runs that drivers left open when they were killed."""
         abandoned = set(self._abandoned()) - {self._run_key}
         for run in self._search(self._client, "attributes.status = 'RUNNING'"):
             if run.data.tags.get(RUN_TAG) in abandoned:
-                for child in self._find_children(self._client, run.info.run_id).values():
-                    if not child.is_complete:
-                        self._client.set_terminated(child.run_id, "KILLED")
+                for child in self._children(self._client, run.info.run_id):
+                    if child.info.status == "RUNNING":
+                        self._client.set_terminated(child.info.run_id, "KILLED")
                 self._client.set_terminated(run.info.run_id, "KILLED")
 
     def _chart(self, step: int, at: float, metrics: Mapping[str, float]) -> None:
@@ -262,23 +258,20 @@ class Tracker:
         name = f"{evaluation.kind}:{evaluation.key}:{evaluation.prompts.digest}"
         name += f":{len(evaluation.rewards)} drawn" if evaluation.is_stopped else ""
         name += ":failed" if evaluation.failure else ""
-        child = self._children.get(name)
-        if child is not None and child.is_complete:
+        if name in self._known:
             return
-        if child is None:
-            run = self._client.create_run(
-                self.experiment_id,
-                start_time=_ms(evaluation.measured_at - evaluation.seconds),
-                run_name=f"{evaluation.kind} {evaluation.ratios}",
-                tags={
-                    "mlflow.parentRunId": self.run_id,
-                    EVALUATION_TAG: name,
-                    "kind": evaluation.kind,
-                    **({"stopped": "true"} if evaluation.is_stopped else {}),
-                    **({"failure": evaluation.failure} if evaluation.failure else {}),
-                },
-            )
-            child = self._children[name] = _Child(run.info.run_id)
+        child = self._client.create_run(
+            self.experiment_id,
+            start_time=_ms(evaluation.measured_at - evaluation.seconds),
+            run_name=f"{evaluation.kind} {evaluation.ratios}",
+            tags={
+                "mlflow.parentRunId": self.run_id,
+                EVALUATION_TAG: name,
+                "kind": evaluation.kind,
+                **({"stopped": "true"} if evaluation.is_stopped else {}),
+                **({"failure": evaluation.failure} if evaluation.failure else {}),
+            },
+        )
         params = {
             **{f"ratio_{group}": evaluation.ratios[group] for group in GROUPS},
             "poa_weight": evaluation.candidate.poa_weight,
@@ -291,13 +284,13 @@ class Tracker:
             **{f"sparsity_{group}": value for group, value in evaluation.sparsity.items()},
         }
         self._client.log_batch(
-            child.run_id,
+            child.info.run_id,
             metrics=_points(metrics, evaluation.measured_at),
             params=[Param(key, str(value)) for key, value in params.items()],
         )
         status = "FAILED" if evaluation.failure else "FINISHED"
-        self._client.set_terminated(child.run_id, status, _ms(evaluation.measured_at))
-        child.is_complete = True
+        self._client.set_terminated(child.info.run_id, status, _ms(evaluation.measured_at))
+        self._known.add(name)
 
     def _close(
         self,
