@@ -69,7 +69,7 @@ def seconds(folder: Path, address: str, way: str, proxy: Proxy) -> tuple[float, 
         for line in map(json.loads, lines)
     }
     took = times["search ends"] - times["search begins"]
-    waited = times["MLflow is done with"] - times["search ends"]
+    waited = times.get("MLflow is done with", times["search ends"]) - times["search ends"]
     return took.total_seconds(), waited.total_seconds()
 
 
@@ -81,6 +81,7 @@ def measure(rounds: int) -> dict[str, Any]:
         (folder / "server").mkdir()
         with two_nodes(folder) as address, serving(folder / "server") as port:
             proxy = Proxy(port)
+            seconds(folder / "warm-up", address, "none", proxy)
             for number in range(rounds):
                 for way in WAYS:
                     place = folder / f"{way} {number}"
