@@ -147,7 +147,11 @@ def _runs(output: Storage) -> list[Storage]:
 
 def _abandoned(output: Storage) -> list[str]:
     """Return the keys of the searches that nobody works on."""
-    return [read_record(run).get("key", "") for run in _runs(output) if Lease(run).is_free]
+    try:
+        return [read_record(run).get("key", "") for run in _runs(output) if Lease(run).is_free]
+    except StorageError as broken:  # They are closed another time.
+        log.info("%s", broken)
+        return []
 
 
 def sync(run: Storage) -> str:
