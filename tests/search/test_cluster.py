@@ -9,8 +9,9 @@ from search.config import ClusterSettings
 @pytest.fixture(autouse=True)
 def variables(monkeypatch):
     """The environment, without what says how Ray is guarded, and as it was in the end."""
+    guards = ("RAY_AUTH", "RAY_ENABLE_WINDOWS")
     monkeypatch.setattr(
-        os, "environ", {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
+        os, "environ", {k: v for k, v in os.environ.items() if not k.startswith(guards)}
     )
     return os.environ
 

@@ -8,14 +8,15 @@ from search import logs
 from search.logs import LOG_FILE, take_over, to_console, to_file
 from search.storage import Storage, StorageError
 
-OURS, THEIRS = logging.getLogger("search.driver"), logging.getLogger("ray.tune")
+OURS, THEIRS = logging.getLogger("search.driver"), logging.getLogger("others.package")
 
 
 @pytest.fixture(autouse=True)
 def root():
-    """The root logger, as it was before in the end."""
+    """The root logger without the handlers of other tests, and as it was before in the end."""
     root = logging.getLogger()
     before = root.handlers[:], root.level
+    root.handlers.clear()
     yield root
     root.handlers[:], root.level = before
     logging.captureWarnings(False)
@@ -43,7 +44,7 @@ def test_verbose_shows_everything(capsys):
         warnings.warn("of python's", stacklevel=1)
 
     shown = capsys.readouterr().err
-    assert all(f"an info of {name}" in shown for name in ("search.driver", "ray.tune"))
+    assert all(f"an info of {name}" in shown for name in ("search.driver", "others.package"))
     assert "of python's" in shown
 
 
