@@ -46,8 +46,9 @@ def evaluate(
     try:
         return _measure(replica, ratios, prompts, reward, began)
     except (RenderError, RewardError):
-        with replica.carefully():
-            return _measure(replica, ratios, prompts, reward, began)
+        pass  # Only after it does the exception let go of the pictures in its frames.
+    with replica.carefully():
+        return _measure(replica, ratios, prompts, reward, began)
 
 
 def _measure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -188,6 +189,22 @@ def test_a_reward_that_is_not_finite_once_is_measured_again(replica):
     assert rewards == pytest.approx(
         evaluate(replica, RATIOS, PROMPTS, Brightness()).rewards, abs=1e-5
     )
+    assert reward.num_calls == 2
+
+
+def test_the_pictures_of_a_try_that_failed_are_gone_before_the_next(replica):
+    class Watching(OnceNotFinite):
+        first: weakref.ref[Tensor]
+
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
+            if self.num_calls == 0:
+                self.first = weakref.ref(images)
+            else:
+                assert self.first() is None
+            return super().__call__(images, prompts)
+
+    reward = Watching()
+    evaluate(replica, RATIOS, PROMPTS, reward)
     assert reward.num_calls == 2
 
 
