@@ -35,6 +35,9 @@ from tests.integration.faults.sessions import Searching
 MAX_SLOWDOWN = 0.05
 # A prompt batch: less than any that is worth a GPU, so that MLflow's share is at its largest.
 BATCH_S = 0.5
+# As a model takes to load, or less: beside a worker that is at work at once, with trials as short
+# as these, Ray Tune starts a second one by chance only (search.trial.RatioTrial says why).
+LOAD_S = 5.0
 SEARCH = ("budget.steps=20",)
 # The last line is the search without MLflow.
 WAYS = ("SQLite", "a server", "slow", "refuse", "hang", "garble", "none")
@@ -61,7 +64,7 @@ def seconds(folder: Path, address: str, way: str, proxy: Proxy) -> tuple[float, 
     elif way != "SQLite":
         proxy.mode = "pass" if way == "a server" else way
         settings += (f"tracking.uri=http://127.0.0.1:{proxy.port}",)
-    search = Searching(folder, address, settings, batch_s=BATCH_S)
+    search = Searching(folder, address, settings, batch_s=BATCH_S, load_s=LOAD_S)
     search.finish()
     lines = (search.results.read("log.jsonl") or b"").decode().splitlines()
     times = {
@@ -92,6 +95,7 @@ def measure(rounds: int) -> dict[str, Any]:
     medians = {way: statistics.median(took for took, _ in found[way]) for way in WAYS}
     return {
         "batch_s": BATCH_S,
+        "load_s": LOAD_S,
         "rounds": rounds,
         "seconds": {way: round(took, 2) for way, took in medians.items()},
         "waited_s": {way: round(max(w for _, w in found[way]), 2) for way in WAYS[:-1]},

@@ -25,20 +25,23 @@ class Analytic(RatioTrial):
     """A worker that notes each batch in the file `begun`, and dies of what is `lethal`.
 
     holds:   a folder; while it has a file 6, no batch from the sixth on is finished.
-    batch_s: seconds that a batch takes.
+    batch_s: seconds that a batch takes; load_s: that a worker's first takes more.
     """
 
     begun: str
     holds: str
     lethal: list | None
     batch_s: float
+    load_s: float
+    is_first = True
 
     def step(self):
         ratios = list(self.config["ratios"].values())
         prompts = [f"{self.config['prompts']} {number}" for number in self.config["batch"]]
         with open(self.begun, "a") as file:  # In one write, so that no other's comes between.
             file.write(json.dumps([ratios, prompts]) + "\n")
-        time.sleep(self.batch_s)
+        time.sleep(self.batch_s + self.load_s * self.is_first)
+        self.is_first = False
         while self._is_held():
             time.sleep(0.02)
         if self.lethal == [ratios, prompts]:

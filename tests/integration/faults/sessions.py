@@ -37,7 +37,7 @@ class Searching:
 
     folder: of MLflow's database and our notes; place: of its results, if elsewhere.
     lethal: ratios and prompts of a batch that kills its worker.
-    batch_s: seconds that one takes.
+    batch_s: seconds that one takes; load_s: that a worker's first takes more.
     """
 
     folder: Path
@@ -46,6 +46,7 @@ class Searching:
     place: str = ""
     lethal: list | None = None
     batch_s: float = 0.05
+    load_s: float = 0.0
 
     def __post_init__(self):
         self.holds = self.folder / "holds"
@@ -71,6 +72,7 @@ class Searching:
             "holds": str(self.holds),
             "lethal": self.lethal,
             "batch_s": self.batch_s,
+            "load_s": self.load_s,
         }
         session = SESSIONS.Process(
             target=program.run, args=(arguments, environment, str(self.folder / "log"), worker)
