@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
 
 from crdiff_core.errors import RenderError, RewardError
 from crdiff_core.prompts import Prompt
-from crdiff_core.ratios import BlockRatios, Group
+from crdiff_core.ratios import BlockRatios, Group, Resolution
 from crdiff_core.replica import Replica
 from crdiff_core.rewards import Reward
+
+# Pixels of a picture in which JPEG's blocks would be seen.
+_SMALL = 128 * 128
 
 
 @dataclass(frozen=True)
@@ -24,44 +31,71 @@ class Measurement:
     sparsity:   measured, by block group.
     seconds:    wall time of prune, render and score.
     batch_size: pictures drawn at once; fewer than the prompts if they did not fit into memory.
+    memory_gib: the GPU's peak, allocated by torch; None on a CPU.
+    pictures:   those that were to be kept, by their place in the batch: files of PNG or JPEG.
     """
 
     rewards: tuple[float, ...]
     sparsity: dict[Group, float]
     seconds: dict[str, float]
     batch_size: int
+    memory_gib: float | None = None
+    pictures: dict[int, bytes] = field(default_factory=dict)
 
 
 def evaluate(
-    replica: Replica, ratios: BlockRatios, prompts: Sequence[Prompt], reward: Reward
+    replica: Replica,
+    ratios: BlockRatios,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    *,
+    drawn_at: Resolution | None = None,
+    keep: Collection[int] = (),
 ) -> Measurement:
     """Prune, draw the prompts, as one batch if it fits, and score each picture.
+
+    drawn_at: a size to draw at; the pictures are then resized to the replica's own, and scored
+              so. None: they are drawn at its own.
+    keep:     places in the batch whose pictures are wanted.
 
     Where that ends in broken pictures or scores, or for want of memory, it is tried once more with
     `Replica.carefully`, at the cost of its speed.
     Raises RenderError for broken pictures, RewardError for a score that is not finite.
     Source: CR-Diff (arXiv:2604.05524), section 3.3: the objective of the search.
     """
+    work = _Work(replica, ratios, prompts, reward, drawn_at, keep)
     began = _now(replica.device)
     try:
-        return _measure(replica, ratios, prompts, reward, began)
+        return _measure(work, began)
     except (RenderError, RewardError):
         pass  # Only after it does the exception let go of the pictures in its frames.
     with replica.carefully():
-        return _measure(replica, ratios, prompts, reward, began)
+        return _measure(work, began)
 
 
-def _measure(
-    replica: Replica,
-    ratios: BlockRatios,
-    prompts: Sequence[Prompt],
-    reward: Reward,
-    began: float,
-) -> Measurement:
+@dataclass(frozen=True)
+class _Work:
+    replica: Replica
+    ratios: BlockRatios
+    prompts: Sequence[Prompt]
+    reward: Reward
+    drawn_at: Resolution | None
+    keep: Collection[int]
+
+
+def _measure(work: _Work, began: float) -> Measurement:
+    replica, prompts, reward = work.replica, work.prompts, work.reward
+    on_gpu = replica.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(replica.device)
     marks = [began]
-    replica.set_ratios(ratios)
+    replica.set_ratios(work.ratios)
     marks.append(_now(replica.device))
-    images = replica.render(prompts)
+    if work.drawn_at is None:
+        images = replica.render(prompts)
+    else:
+        with replica.at(work.drawn_at):
+            images = resized(replica.render(prompts), replica.own_resolution)
     marks.append(_now(replica.device))
     rewards = tuple(reward(images, [prompt.text for prompt in prompts]))
     marks.append(_now(replica.device))
@@ -70,8 +104,35 @@ def _measure(
             raise RewardError(f"reward {reward.name} of {prompt.text!r} is {value}: not a score")
     stages = ("prune", "render", "score")
     seconds = {stage: marks[i + 1] - marks[i] for i, stage in enumerate(stages)}
-    batch_size = min(len(prompts), replica.batch_limit)
-    return Measurement(rewards, replica.sparsity(), seconds, batch_size)
+    peak = torch.cuda.max_memory_allocated(replica.device) / (1 << 30) if on_gpu else None
+    return Measurement(
+        rewards,
+        replica.sparsity(),
+        seconds,
+        batch_size=min(len(prompts), replica.batch_limit),
+        memory_gib=peak,
+        pictures={place: encoded(images[place]) for place in sorted(work.keep)},
+    )
+
+
+def resized(images: Tensor, size: Resolution) -> Tensor:
+    """(N, 3, h, w) -> (N, 3, H, W), both in [0, 1]: bicubic, without aliases, as PIL would."""
+    shape = (size.height, size.width)
+    return interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def encoded(image: Tensor) -> bytes:
+    """Return a picture's file: PNG where it is small, else JPEG, which takes a tenth of the time.
+
+    image: (3, H, W), in [0, 1].
+    """
+    pixels = (image * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
+    file = io.BytesIO()
+    if image.shape[-2] * image.shape[-1] <= _SMALL:
+        Image.fromarray(pixels).save(file, "PNG")
+    else:
+        Image.fromarray(pixels).save(file, "JPEG", quality=92, subsampling=0)
+    return file.getvalue()
 
 
 def _now(device: torch.device) -> float:

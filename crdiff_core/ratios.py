@@ -97,6 +97,14 @@ class Resolution:
             raise RatiosError(f"resolution {shown(text)} is not HEIGHTxWIDTH: write it as 480x360")
         return cls(int(match[1]), int(match[2]))
 
+    def scaled_to(self, other: Resolution, multiple: int = 8) -> Resolution:
+        """Return the size of the same shape as this one, and about the area of the other."""
+        scale = (other.height * other.width / (self.height * self.width)) ** 0.5
+        height, width = (
+            max(1, round(size * scale / multiple)) * multiple for size in (self.height, self.width)
+        )
+        return Resolution(height, width)
+
     def __str__(self) -> str:
         return f"{self.height}x{self.width}"
 

@@ -77,7 +77,9 @@ class Replica:
             raise ModelError(f"compile {compile!r} is unknown: give {', '.join(COMPILE_MODES)}")
         check_divisible(resolution, pipe.vae_scale_factor, type(pipe).__name__)
         self.pipe = apply(pipe, BlockRatios(), poa_weight)
+        self.own_resolution = resolution
         self.resolution = resolution
+        """That of the pictures being drawn: its own, but within `at`."""
         self.num_steps = num_steps
         self.guidance_scale = guidance_scale
         self.poa_weight = poa_weight
@@ -93,14 +95,8 @@ class Replica:
                 )
             size = (size_conditioning.height, size_conditioning.width)
             self._sizes = {"original_size": size, "target_size": size}
-        factor = pipe.vae_scale_factor
-        self._noise_shape = (
-            self.denoiser.config.in_channels,
-            resolution.height // factor,
-            resolution.width // factor,
-        )
         self._embeddings: dict[str, dict[str, Tensor]] = {}
-        self._noise: dict[int, Tensor] = {}
+        self._noise: dict[tuple[Resolution, int], Tensor] = {}
         if compile != "none":
             self.denoiser.compile_unets(cuda_graphs=compile == "graphs")
 
@@ -130,6 +126,18 @@ class Replica:
                 yield
         finally:
             self.pipe.vae.to(dtype)
+            self.batch_limit = batch_limit
+
+    @contextmanager
+    def at(self, resolution: Resolution) -> Iterator[None]:
+        """Draw at another size. Raises ModelError where the model cannot."""
+        check_divisible(resolution, self.pipe.vae_scale_factor, type(self.pipe).__name__)
+        batch_limit = self.batch_limit
+        self.resolution = resolution
+        try:
+            yield
+        finally:
+            self.resolution = self.own_resolution
             self.batch_limit = batch_limit
 
     def sparsity(self) -> dict[Group, float]:
@@ -245,8 +253,14 @@ class Replica:
 
     def _initial_noise(self, seed: int) -> Tensor:
         # Drawn on the CPU in float32: the same noise on every device and in every dtype.
-        if seed not in self._noise:
-            generator = torch.Generator().manual_seed(seed)
-            noise = torch.randn(self._noise_shape, generator=generator)
-            self._noise[seed] = noise.to(self.device, self.denoiser.dtype)
-        return self._noise[seed]
+        key = (self.resolution, seed)
+        if key not in self._noise:
+            factor = self.pipe.vae_scale_factor
+            shape = (
+                self.denoiser.config.in_channels,
+                self.resolution.height // factor,
+                self.resolution.width // factor,
+            )
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            self._noise[key] = noise.to(self.device, self.denoiser.dtype)
+        return self._noise[key]

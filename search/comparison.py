@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from scipy.special import stdtrit
 
@@ -30,6 +30,30 @@ class Comparison:
         if self.low > 0:
             return "better"
         return "worse" if self.high < 0 else "no difference shown"
+
+
+class Telling(NamedTuple):
+    """Prompts to look at, by number, none twice; the most telling gain and loss come first."""
+
+    first: list[int]
+    gains: list[int]
+    losses: list[int]
+
+
+def telling(gains: Sequence[float], count: int) -> Telling:
+    """Choose so many prompts: half as they come, of the others the largest gains and losses.
+
+    gains: of each prompt, pruned - dense.
+    """
+    first = list(range(min(math.ceil(count / 2), len(gains))))
+    others = sorted(range(len(first), len(gains)), key=lambda number: gains[number])
+    num_losses = (count - len(first)) // 2
+    num_gains = count - len(first) - num_losses
+    return Telling(
+        first,
+        gains=[number for number in reversed(others) if gains[number] > 0][:num_gains],
+        losses=[number for number in others if gains[number] < 0][:num_losses],
+    )
 
 
 def compare(rewards: Sequence[float], baseline: Sequence[float]) -> Comparison:

@@ -298,6 +298,12 @@ class RerankSettings(Settings):
     off_path: bool
 
 
+class ReportSettings(Settings):
+    """What report.html shows; earlier versions wrote none."""
+
+    pictures: Annotated[int, Field(ge=0)] = 0
+
+
 class TrialSettings(Settings):
     """What happens when a trial fails."""
 
@@ -326,6 +332,7 @@ class Config(Settings):
     tracking: TrackingSettings
     render: RenderSettings
     rerank: RerankSettings
+    report: ReportSettings = ReportSettings()
     trial: TrialSettings
     res: Size
     seed: Annotated[int, Field(ge=0, lt=2**63)]

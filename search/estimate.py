@@ -113,6 +113,7 @@ def estimate(plan: Plan) -> Estimate:
         (1 + config.budget.steps) * sizes["search"]
         + top * sizes["rerank"]
         + 2 * sizes["validation"]
+        + search.num_for_report
     )
     if config.budget.pictures is not None:
         num_pictures = min(num_pictures, config.budget.pictures)

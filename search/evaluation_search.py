@@ -6,7 +6,7 @@ import math
 import time
 from bisect import bisect_right, insort
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,19 @@ from crdiff_core.prompts import PromptSet
 from crdiff_core.ratios import BlockRatios
 from search.batching import Batching
 from search.budget import Budget, Use
+from search.comparison import telling
 from search.evaluations import Batch, Evaluation, Evaluations, Kind, OpenEvaluation
 from search.ledger import Ledger, Recipe
 from search.logs import LOG_FILE
+from search.pictures import Pictures
 from search.racing import Expectation, Race
 from search.searchers import AnnealingSearch
 from search.space import Candidate, Space
 from search.storage import StorageError
 
 METRIC = "reward"
+# Of what is drawn for a report's pictures; no decision depends on it.
+_SHOWN: tuple[Kind, ...] = ("pruned alone", "resized")
 # Failed evaluations after which a search that has seen no success gives up.
 _HOPELESS = 3
 _DIED = f"its worker died or could not start: {LOG_FILE} beside the results has Ray's reason"
@@ -70,6 +74,11 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
                      result is told, and so on in turn: the same whenever the search is replayed.
                      None: not decided, so that they are asked for none yet.
     warm_start:      candidates that other searches evaluated, for the searcher to know.
+    pictures:        where they are kept; None: nowhere, and then none are drawn for a report.
+    num_shown:       validation prompts that a report shows: they are drawn once more by the
+                     pruned model alone, and by the dense one at the size native.
+    native:          HEIGHTxWIDTH at which a user would draw, to resize the picture; None: none
+                     but the resolution itself.
     gpus_per_trial:  by which hours of drawing are GPU hours.
     earlier_wall_s:  seconds that earlier sessions of this search took.
     clock:           of seconds.
@@ -91,6 +100,9 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         max_failures: int = 2,
         ahead: int | None = 1,
         warm_start: Sequence[Candidate] = (),
+        pictures: Pictures | None = None,
+        num_shown: int = 0,
+        native: str | None = None,
         gpus_per_trial: float = 1.0,
         earlier_wall_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
@@ -109,7 +121,13 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         self.space = space
         self._sizes = {name: len(prompts) for name, prompts in prompt_sets.items()}
         self._ledger = ledger
-        self._work = Evaluations(ledger, recipe, prompt_sets, self.batching, max_failures)
+        self._work = Evaluations(
+            ledger, recipe, prompt_sets, self.batching, max_failures, pictures
+        )
+        self._keeps_pictures = pictures is not None
+        self._num_shown = num_shown if pictures is not None else 0
+        self._native = native
+        self._is_shown = False
         self._budget = budget
         self._race = race
         self._rerank_top = rerank_top
@@ -150,12 +168,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             if evaluation is not None:
                 batch = self._work.cut(evaluation, self._most_prompts(evaluation))
                 self._trials[trial_id] = (evaluation, batch)
-                return {
-                    "ratios": evaluation.candidate.ratios.as_dict(),
-                    "poa_weight": evaluation.candidate.poa_weight,
-                    "prompts": evaluation.prompts.name,
-                    "batch": list(batch),
-                }
+                return evaluation.trial(batch, self._keeps_pictures)
             if not self._begin_next():
                 return None
         return str(Searcher.FINISHED)
@@ -218,9 +231,8 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to evaluate."""
-        return (
-            self.failure is not None or len(self._work.of("validation", "dense validation")) == 2
-        )
+        is_done = self._is_shown and not any(e.kind in _SHOWN for e in self._work.open)
+        return self.failure is not None or is_done
 
     @property
     def steps(self) -> list[Step]:
@@ -302,7 +314,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         others = len(self.evaluations) - len(self._work.of("search"))
         num_steps = len(self.steps)
         searched = num_steps if self._exhausted else self._budget.steps
-        return num_steps + others, 1 + searched + self._rerank_top + 2
+        return num_steps + others, 1 + searched + self._rerank_top + 2 + self._num_shows
 
     @property
     def num_drawn(self) -> int:
@@ -314,6 +326,11 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         """How many pictures of the evaluations so far have their reward."""
         partly = sum(len(e.prompts) - len(e.missing) for e in self._work.open)
         return sum(len(e.prompts) for e in self.evaluations) + partly
+
+    @property
+    def num_for_report(self) -> int:
+        """How many pictures are drawn for the report alone."""
+        return self._num_shows * min(self._num_shown, self._sizes["validation"])
 
     def replay(self) -> bool:
         """Go as far as the ledger reaches; return whether that is the end."""
@@ -425,8 +442,9 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         """Return what was taken, or what will be if a candidate is evaluated too."""
         spent = self._ledger.spent
         num_coming = 0
+        candidates = self._ledger.candidates
         keys = (
-            spent.keys
+            {key for key in spent.keys if self.space.suggestion(candidates[key]) is not None}
             | {e.key for e in self._work.open}
             | {e.key for e in self._work.of("search")[len(self._warm) :]}
         )
@@ -439,6 +457,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
                 len(batch) for e, batch in self._trials.values() if e not in self._work.open
             )
             last = reranked * self._sizes["rerank"] + 2 * self._sizes["validation"]
+            last += self.num_for_report
             num_coming = num_next + begun + last
         each_s = spent.seconds / spent.num_pictures if spent.num_pictures else 0.0
         coming_s = num_coming * each_s
@@ -473,6 +492,32 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         self._begin("dense validation", self._dense, "validation")
         self._begin("validation", self.winner.candidate, "validation")
         return True
+
+    @property
+    def _num_shows(self) -> int:
+        """How many evaluations are made for their pictures alone."""
+        if not self._num_shown:
+            return 0
+        winner = self.winner.candidate if self.winner else self._dense
+        return (winner.poa_weight != 1) + (self._native is not None)
+
+    def _show(self) -> None:
+        """Draw, of telling validation prompts, what else a user would compare with."""
+        self._is_shown = True
+        winner, dense = self.of("validation"), self.of("dense validation")
+        assert winner is not None
+        assert dense is not None
+        if winner.failure or dense.failure or not self._num_shown:
+            return
+        gains = [a - b for a, b in zip(winner.rewards, dense.rewards, strict=True)]
+        shown = telling(gains, self._num_shown)
+        numbers = sorted([*shown.first, *shown.gains, *shown.losses])
+        if winner.candidate.poa_weight != 1:
+            alone = replace(winner.candidate, poa_weight=1.0)
+            self._tell(self._work.begin("pruned alone", alone, "validation", numbers=numbers))
+        if self._native is not None:
+            native = replace(self._dense, drawn_at=self._native)
+            self._tell(self._work.begin("resized", native, "validation", numbers=numbers))
 
     def _tell_known(self, candidate: Candidate) -> None:
         """Give the searcher a result of another search, which the ledger holds."""
@@ -536,6 +581,8 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             self._report(evaluation.searcher_id, closed)
         self._stop_if_hopeless(closed)
         self.on_evaluation(closed)
+        if len(self._work.of("validation", "dense validation")) == 2 and not self._is_shown:
+            self._show()
 
     def _report(self, searcher_id: str, closed: Evaluation) -> None:
         if self._annealing is None:

@@ -6,14 +6,15 @@ import logging
 import math
 import statistics
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from crdiff_core.prompts import PromptSet
 from crdiff_core.ratios import BlockRatios, Group
 from search.batching import Batching
-from search.ledger import Ledger, Recipe
+from search.ledger import STAGES, Ledger, Recipe
+from search.pictures import Pictures
 from search.space import Candidate
 
 if TYPE_CHECKING:
@@ -23,7 +24,12 @@ log = logging.getLogger(__name__)
 
 # The numbers of the prompts that one trial draws.
 Batch = tuple[int, ...]
-Kind = Literal["dense", "search", "rerank", "validation", "dense validation"]
+Kind = Literal[
+    "dense", "search", "rerank", "validation", "dense validation", "pruned alone", "resized"
+]
+
+# Of the search prompts so many, the first ones, have their pictures kept.
+_NUM_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,9 @@ class Evaluation:
     failure:      why it failed, in one line.
     is_stopped:   whether it was left unfinished: it had lost its race, or was no longer needed.
     estimate:     of the mean reward, where a race was lost; for the searcher alone.
-    seconds:      GPU or CPU time of its pictures, whenever they were drawn.
+    seconds:      GPU or CPU time of its pictures, whenever they were drawn; stages: of it, each
+                  stage's, where that is known.
+    memory_gib:   the peak of a GPU that drew it; None: not measured.
     measured_at:  when the last of them was, in seconds since 1970; 0 if none was.
     num_rendered: pictures drawn for it in this run; 0 if the ledger knew it all.
     """
@@ -52,6 +60,8 @@ class Evaluation:
     estimate: float | None
     sparsity: Mapping[Group, float]
     seconds: float
+    stages: Mapping[str, float]
+    memory_gib: float | None
     measured_at: float
     num_rendered: int
 
@@ -82,8 +92,9 @@ class Evaluation:
 class OpenEvaluation:
     """An evaluation under way.
 
+    numbers:      of its prompts in the prompt set that they are from.
     searcher_id:  by which the searcher knows it; None: it does not.
-    missing:      numbers of its prompts without a reward yet.
+    missing:      of its prompts those without a reward yet, counted from 0.
     todo:         of those the ones that no trial draws yet.
     num_failures: how often each prompt's batch failed.
     """
@@ -92,6 +103,7 @@ class OpenEvaluation:
     candidate: Candidate
     key: str
     prompts: PromptSet
+    numbers: tuple[int, ...]
     searcher_id: str | None = None
     missing: set[int] = field(default_factory=set)
     todo: deque[int] = field(default_factory=deque)
@@ -104,11 +116,32 @@ class OpenEvaluation:
         """How many prompts from the first on have their reward, without a gap."""
         return min(self.missing, default=len(self.prompts))
 
+    def trial(self, batch: Batch, keep: bool) -> dict[str, Any]:
+        """Return the configuration of the trial that draws a batch of it.
+
+        keep: whether pictures are kept at all.
+        """
+        if self.kind == "rerank" or not keep:
+            kept: list[int] = []
+        elif self.kind in {"dense", "search"}:
+            kept = [place for place, each in enumerate(batch) if each < _NUM_KEPT]
+        else:
+            kept = list(range(len(batch)))
+        return {
+            "ratios": self.candidate.ratios.as_dict(),
+            "poa_weight": self.candidate.poa_weight,
+            "drawn_at": self.candidate.drawn_at,
+            "prompts": self.prompts.name,
+            "batch": [self.numbers[each] for each in batch],
+            "keep": kept,
+        }
+
 
 class Evaluations:
     """The evaluations of one search. What the ledger knows of them is not drawn again.
 
     max_failures: how often one prompt batch is tried again before its evaluation fails.
+    pictures:     where they are kept; None: nowhere.
     """
 
     def __init__(
@@ -118,6 +151,7 @@ class Evaluations:
         prompt_sets: Mapping[str, PromptSet],
         batching: Batching,
         max_failures: int,
+        pictures: Pictures | None = None,
     ) -> None:
         self.done: list[Evaluation] = []
         """What is complete, failed or stopped, in that order."""
@@ -129,6 +163,7 @@ class Evaluations:
         self._prompt_sets = prompt_sets
         self._batching = batching
         self._max_failures = max_failures
+        self._pictures = pictures
         self._keys: dict[Candidate, str] = {}
 
     def of(self, *kinds: Kind) -> list[Evaluation]:
@@ -155,10 +190,15 @@ class Evaluations:
     # --- the life of one ---------------------------------------------------------------------
 
     def begin(
-        self, kind: Kind, candidate: Candidate, prompts: str, searcher_id: str | None = None
+        self,
+        kind: Kind,
+        candidate: Candidate,
+        prompts: str,
+        searcher_id: str | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> OpenEvaluation:
-        """Open an evaluation on the prompt set of this name."""
-        evaluation = self._open(kind, candidate, prompts, searcher_id)
+        """Open an evaluation on the prompt set of this name; numbers: on these of it alone."""
+        evaluation = self._open(kind, candidate, prompts, searcher_id, numbers)
         self.open.append(evaluation)
         return evaluation
 
@@ -187,10 +227,12 @@ class Evaluations:
         if failure is None:
             measured: Measurement = result["measured"]
             self._record(evaluation, batch, measured)
+            self._keep(evaluation, batch, measured.pictures)
             evaluation.num_rendered += len(measured.rewards)
             evaluation.missing.difference_update(batch)
             seconds = sum(measured.seconds.values())
-            self._batching.record(len(batch), seconds, measured.batch_size)
+            if evaluation.kind != "resized":  # Of another size.
+                self._batching.record(len(batch), seconds, measured.batch_size)
         elif (
             result.get("transient")
             and max(evaluation.num_failures[number] for number in batch) < self._max_failures
@@ -222,11 +264,21 @@ class Evaluations:
         return self._as_it_is(self._open("search", candidate, "search"))
 
     def _open(
-        self, kind: Kind, candidate: Candidate, prompts: str, searcher_id: str | None = None
+        self,
+        kind: Kind,
+        candidate: Candidate,
+        prompts: str,
+        searcher_id: str | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> OpenEvaluation:
         prompt_set = self._prompt_sets[prompts]
+        if numbers is None:
+            numbers = range(len(prompt_set))
+        else:
+            chosen = tuple(prompt_set.prompts[number] for number in numbers)
+            prompt_set = PromptSet(prompt_set.name, chosen)
         key = self.key(candidate)
-        evaluation = OpenEvaluation(kind, candidate, key, prompt_set, searcher_id)
+        evaluation = OpenEvaluation(kind, candidate, key, prompt_set, tuple(numbers), searcher_id)
         for number, prompt in enumerate(prompt_set.prompts):
             entry = self._ledger.get(key, prompt)
             if entry is None:
@@ -257,6 +309,15 @@ class Evaluations:
             estimate=estimate,
             sparsity=next((entry.sparsity for entry in entries if entry.reward is not None), {}),
             seconds=sum(entry.seconds for entry in entries),
+            stages={
+                stage: sum(entry.stages[stage] for entry in entries if stage in entry.stages)
+                for stage in STAGES
+                if any(stage in entry.stages for entry in entries)
+            },
+            memory_gib=max(
+                (entry.memory_gib for entry in entries if entry.memory_gib is not None),
+                default=None,
+            ),
             measured_at=max((entry.measured_at for entry in entries), default=0.0),
             num_rendered=evaluation.num_rendered,
         )
@@ -268,5 +329,12 @@ class Evaluations:
         recipe = self._recipe_of(evaluation.candidate)
         self._ledger.append(recipe, evaluation.candidate.ratios, prompts, outcome)
 
+    def _keep(
+        self, evaluation: OpenEvaluation, batch: Batch, pictures: Mapping[int, bytes]
+    ) -> None:
+        if self._pictures is not None:
+            prompts = [evaluation.prompts.prompts[number] for number in batch]
+            self._pictures.add(evaluation.key, prompts, pictures)
+
     def _recipe_of(self, candidate: Candidate) -> Recipe:
-        return replace(self._recipe, poa_weight=candidate.poa_weight)
+        return replace(self._recipe, poa_weight=candidate.poa_weight, drawn_at=candidate.drawn_at)

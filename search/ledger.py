@@ -46,6 +46,8 @@ class Recipe:
     Two equal recipes give equal rewards, so a reward measured once is never measured again.
 
     size_conditioning: the HEIGHTxWIDTH that SDXL is told; requested: that of the picture.
+    drawn_at:          the HEIGHTxWIDTH that pictures are drawn at, before they are resized to
+                       height and width; requested: at those.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Recipe:
     reward: str
     reward_version: str
     size_conditioning: str = "requested"
+    drawn_at: str = "requested"
 
     @property
     def told_size(self) -> Resolution | None:
@@ -79,6 +82,9 @@ class Recipe:
                 del parts[each.name]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+
+STAGES = ("prune", "render", "score")
+"""What a trial's seconds are spent on."""
 
 # Of a file's rows: what a newer version writes is refused, what an older one wrote is read, with
 # nulls where it had no column yet.
@@ -107,11 +113,15 @@ SCHEMA = pa.schema(
         ("reward_name", pa.string()),
         ("reward_version", pa.string()),
         ("size_conditioning", pa.string()),
+        ("drawn_at", pa.string()),
         # The search that paid for it.
         ("run", pa.string()),
         ("batch_size", pa.int32()),
         # Of the whole batch, divided evenly among its prompts.
         ("seconds", pa.float64()),
+        *((f"{stage}_seconds", pa.float64()) for stage in STAGES),
+        # The GPU's peak while the batch was drawn.
+        ("memory_gib", pa.float64()),
         ("measured_at", pa.timestamp("ms", tz="UTC")),
     ],
     metadata={_VERSION_KEY: str(VERSION)},
@@ -123,6 +133,8 @@ class Entry:
     """What the ledger knows of one prompt under one key: a reward, or why there is none.
 
     measured_at: in seconds since 1970.
+    stages:      the seconds by stage; empty where they were not written yet.
+    memory_gib:  the GPU's peak; None: not measured.
     """
 
     reward: float | None
@@ -130,6 +142,8 @@ class Entry:
     seconds: float
     sparsity: dict[Group, float]
     measured_at: float
+    stages: dict[str, float]
+    memory_gib: float | None
 
 
 @dataclass
@@ -238,6 +252,7 @@ class Ledger:
         rewards = (None,) * len(prompts) if isinstance(outcome, str) else outcome.rewards
         seconds = 0.0 if isinstance(outcome, str) else sum(outcome.seconds.values())
         sparsity = {} if isinstance(outcome, str) else outcome.sparsity
+        stages = {} if isinstance(outcome, str) else outcome.seconds
         shared: dict[str, Any] = {
             "key": recipe.key(ratios),
             "failure": outcome if failed else None,
@@ -253,6 +268,12 @@ class Ledger:
             "run": self._run,
             "batch_size": len(prompts) if isinstance(outcome, str) else outcome.batch_size,
             "seconds": seconds / len(prompts),
+            **{
+                f"{stage}_seconds": stages[stage] / len(prompts)
+                for stage in STAGES
+                if stage in stages
+            },
+            "memory_gib": None if isinstance(outcome, str) else outcome.memory_gib,
             "measured_at": datetime.now(UTC),
         }
         rows = [
@@ -266,13 +287,23 @@ class Ledger:
     def _add(self, row: Mapping[str, Any], sparsity: dict[Group, float]) -> None:
         if row["key"] not in self.candidates:
             ratios = BlockRatios(**{group: row[group] for group in GROUPS})
-            self.candidates[row["key"]] = Candidate(ratios, row["poa_weight"])
+            drawn_at = row["drawn_at"] or "requested"
+            self.candidates[row["key"]] = Candidate(ratios, row["poa_weight"], drawn_at)
         if self._run and row["run"] == self._run:
             self.spent.num_pictures += row["reward"] is not None
             self.spent.seconds += row["seconds"]
             self.spent.keys.add(row["key"])
         measured_at = row["measured_at"].timestamp()
-        entry = Entry(row["reward"], row["failure"], row["seconds"], sparsity, measured_at)
+        stages = {stage: row.get(f"{stage}_seconds") for stage in STAGES}
+        entry = Entry(
+            row["reward"],
+            row["failure"],
+            row["seconds"],
+            sparsity,
+            measured_at,
+            {stage: taken for stage, taken in stages.items() if taken is not None},
+            row["memory_gib"],
+        )
         key = (row["key"], row["prompt"], row["seed"])
         known = self._entries.get(key)
         if entry.failure is not None and (self._retry_failed or known is not None):

@@ -11,7 +11,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from crdiff_core.errors import PromptError
+from crdiff_core.errors import ModelError, PromptError
 from crdiff_core.models import Model
 from crdiff_core.prompts import PromptSet, read_texts, shipped_texts, split_prompts
 from crdiff_core.ratios import BlockRatios
@@ -23,6 +23,7 @@ from search.budget import Budget
 from search.config import AnnealingSettings, Config, ConfigError
 from search.evaluation_search import EvaluationSearch
 from search.ledger import Ledger, Recipe
+from search.pictures import Pictures
 from search.racing import Race
 from search.searchers import AnnealingSearch
 from search.space import Candidate, Space
@@ -85,6 +86,7 @@ class Plan:
         gain = 1.0
         if isinstance(config.searcher, AnnealingSettings):
             gain = 0.0 if config.searcher.speculation == "off" else _SPECULATION_GAIN
+        keeps_pictures = config.report.pictures > 0
         search = EvaluationSearch(
             searcher,
             space=space,
@@ -99,12 +101,25 @@ class Plan:
             max_failures=config.trial.max_failures,
             ahead=record.get("ahead"),
             warm_start=_warm_start(config, ledger, record),
+            pictures=Pictures(cell / "pictures") if keeps_pictures else None,
+            num_shown=config.report.pictures,
+            native=_native(config, model),
             gpus_per_trial=config.cluster.gpus_per_trial,
             earlier_wall_s=record.get("wall_s", 0.0),
         )
         return cls(
             config, folder, key, model, recipe, reward, prompt_sets, ledger, searcher, search
         )
+
+
+def _native(config: Config, model: Model) -> str | None:
+    """Return the size of the model's own area that a user would draw at and resize; None: none."""
+    size = config.res.scaled_to(config.model.native_res)
+    try:
+        model.check_resolution(size)
+    except ModelError:
+        return None
+    return None if size == config.res else str(size)
 
 
 def read_record(folder: Storage) -> dict[str, Any]:
@@ -190,7 +205,7 @@ def choose_prompts(config: Config) -> dict[str, PromptSet]:
 def _key(config: Config, recipe: Recipe, prompt_sets: dict[str, PromptSet]) -> str:
     # How far ahead of its steps annealing evaluates changes none of them.
     parts: dict[str, Any] = {
-        "recipe": asdict(recipe),
+        "recipe": {k: v for k, v in asdict(recipe).items() if k != "drawn_at"},
         "searcher": config.searcher.model_dump(mode="json", exclude={"speculation"}),
         "space": config.space.bounds,
         "racing": config.racing.model_dump(mode="json") if config.racing.name == "on" else None,

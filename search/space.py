@@ -14,10 +14,14 @@ RATIO = "ratio"
 
 @dataclass(frozen=True)
 class Candidate:
-    """What one evaluation draws with: the ratios, and the weight k of POA (equation 2)."""
+    """What one evaluation draws with: the ratios, and the weight k of POA (equation 2).
+
+    drawn_at: the HEIGHTxWIDTH of the pictures before they are resized; requested: the result's.
+    """
 
     ratios: BlockRatios
     poa_weight: float
+    drawn_at: str = "requested"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Space:
 
     def suggestion(self, candidate: Candidate) -> dict[str, float] | None:
         """Return the suggestion that stands for a candidate; None if none in this space does."""
+        if candidate.drawn_at != "requested":
+            return None
         ratios = candidate.ratios
         values = {str(group): ratios[group] for group in GROUPS}
         if self.is_uniform:

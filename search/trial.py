@@ -106,7 +106,7 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
             self._load()
         from crdiff_core.errors import CRDiffError
         from crdiff_core.evaluation import evaluate
-        from crdiff_core.ratios import BlockRatios
+        from crdiff_core.ratios import BlockRatios, Resolution
 
         if self._broken is not None:
             return {"failure": self._broken, "transient": False, "done": True}
@@ -115,7 +115,15 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
         prompts = [numbered[number] for number in self.config["batch"]]
         try:
             self._replica.poa_weight = self.config["poa_weight"]
-            measured = evaluate(self._replica, ratios, prompts, self._reward)
+            drawn_at = self.config["drawn_at"]
+            measured = evaluate(
+                self._replica,
+                ratios,
+                prompts,
+                self._reward,
+                drawn_at=None if drawn_at == "requested" else Resolution.parse(drawn_at),
+                keep=self.config["keep"],
+            )
         except CRDiffError as error:
             return {"failure": str(error), "transient": False, "done": True}
         except Exception as error:  # Whatever it is, the search goes on without this batch.

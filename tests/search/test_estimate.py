@@ -31,8 +31,9 @@ def plan(tmp_path):
 def test_it_counts_every_picture_that_a_search_may_draw(plan):
     found = estimate(plan)
 
-    # Dense and three triples on 4 prompts, the best two on 4, winner and dense on 6.
-    assert found.num_pictures == 4 * 4 + 2 * 4 + 2 * 6
+    # Dense and three triples on 4 prompts, the best two on 4, winner and dense on 6, and for the
+    # report the pruned model alone on 6.
+    assert found.num_pictures == 4 * 4 + 2 * 4 + 2 * 6 + 6
     assert found.num_known == 0
     assert (found.num_timed, found.batch_size) == (4, 4)
     assert found.hours == pytest.approx(found.num_pictures * found.trial_s / 4 / 3600)
@@ -66,7 +67,7 @@ def test_the_price_is_hours_times_the_price_of_one(plan):
     )
     lines = replace(priced, plan=replace(plan, config=config)).lines()
 
-    assert any(re.match(r"price +about 90\.00, at 2\.5 a GPU hour", line) for line in lines)
+    assert any(re.match(r"price +about 105\.00, at 2\.5 a GPU hour", line) for line in lines)
 
 
 def test_the_command_prints_it_and_starts_no_trial(tmp_path, monkeypatch, capsys):
@@ -78,6 +79,6 @@ def test_the_command_prints_it_and_starts_no_trial(tmp_path, monkeypatch, capsys
 
     assert printed.out.startswith("model      shapes (embedded), revision ")
     assert "one trial  4 pictures of 8 steps" in printed.out
-    assert "search     at most 3 evaluations, 36 pictures" in printed.out
+    assert "search     at most 3 evaluations, 42 pictures" in printed.out
     assert printed.err == "loading the model and timing a trial ...\n"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

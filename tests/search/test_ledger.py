@@ -13,7 +13,7 @@ import pytest
 from crdiff_core.evaluation import Measurement
 from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import BlockRatios
-from search.ledger import SCHEMA, Ledger, LedgerError
+from search.ledger import SCHEMA, STAGES, Ledger, LedgerError
 from search.storage import StorageError
 from tests.search.landscapes import RECIPE
 
@@ -157,17 +157,29 @@ def test_a_write_that_fails_keeps_what_was_there_and_no_draft(tmp_path, monkeypa
     assert Ledger(tmp_path).get(RECIPE.key(BlockRatios()), PROMPTS[0]).reward == 0.25
 
 
-def test_ledgers_from_before_size_conditioning_still_count(tmp_path):
+def test_ledgers_from_before_some_columns_still_count(tmp_path):
     written(tmp_path)
     file = next(tmp_path.glob("*.parquet"))
-    pq.write_table(pq.read_table(file).drop_columns(["size_conditioning"]), file)
+    late = ["size_conditioning", "drawn_at", "memory_gib"]
+    late += [f"{stage}_seconds" for stage in STAGES]
+    pq.write_table(pq.read_table(file).drop_columns(late), file)
 
-    assert Ledger(tmp_path).get(RECIPE.key(RATIOS), PROMPTS[0]).reward == 0.25
+    entry = Ledger(tmp_path).get(RECIPE.key(RATIOS), PROMPTS[0])
+    assert (entry.reward, entry.stages, entry.memory_gib) == (0.25, {}, None)
+
+
+def test_stages_and_memory_come_back_by_picture(tmp_path):
+    seconds = {"prune": 0.5, "render": 3.0, "score": 1.0}
+    written(tmp_path, replace(MEASURED, seconds=seconds, memory_gib=7.5))
+
+    entry = Ledger(tmp_path).get(RECIPE.key(RATIOS), PROMPTS[1])
+    assert entry.stages == {"prune": 0.25, "render": 1.5, "score": 0.5}
+    assert (entry.seconds, entry.memory_gib) == (2.25, 7.5)
 
 
 def test_the_key_is_of_what_a_reward_depended_on_at_first(tmp_path):
     parts = {**asdict(RECIPE), "ratios": RATIOS.as_dict()}
-    del parts["size_conditioning"]
+    del parts["size_conditioning"], parts["drawn_at"]
     expected = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     assert RECIPE.key(RATIOS) == expected
