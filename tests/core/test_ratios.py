@@ -115,6 +115,20 @@ def test_a_resolution_is_read_as_it_is_written(height, width):
     assert Resolution.parse(str(resolution)) == resolution
 
 
+@pytest.mark.parametrize(
+    ("size", "native", "found"),
+    [
+        ("480x360", "1024x1024", "1184x888"),
+        ("1536x1536", "1024x1024", "1024x1024"),
+        ("400x560", "512x512", "432x608"),
+        ("24x40", "32x32", "24x40"),
+        ("8x4096", "32x32", "8x728"),
+    ],
+)
+def test_a_size_of_the_same_shape_and_the_native_area(size, native, found):
+    assert str(Resolution.parse(size).scaled_to(Resolution.parse(native))) == found
+
+
 @pytest.mark.parametrize("text", ["480", "480X360", "0x8", "-8x8", "8x8x8", "8.0x8", "", "a x b"])
 def test_what_is_no_resolution_is_refused(text):
     with pytest.raises(RatiosError, match="is not HEIGHTxWIDTH: write it as 480x360"):
