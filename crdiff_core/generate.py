@@ -7,17 +7,19 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from crdiff_core import sheet
 from crdiff_core.errors import CRDiffError, PromptError, RatiosError
 from crdiff_core.models import EMBEDDED, Model
 from crdiff_core.prompts import Prompt, noise_seed, read_texts
 from crdiff_core.ratios import DEFAULT_POA_WEIGHT, GROUPS, BlockRatios, RatiosFile, Resolution
+from crdiff_core.sheet import Row, legible_zoom
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,14 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_STEPS = 30
 DEFAULT_GUIDANCE = 7.5
 
-GAP = 8
-"""Pixels between pictures and around them."""
-
 _BATCH = 4
-# Pictures with a shorter side than this are enlarged unless --zoom is given.
-_LEGIBLE = 192
-_FONT_SIZE = 14
-_LINE = 18
 
 
 @dataclass(frozen=True)
@@ -91,53 +86,17 @@ def draw(drawing: Drawing) -> tuple[Tensor, Tensor]:
 
 def arrange(drawing: Drawing, dense: Tensor, pruned: Tensor) -> Image.Image:
     """Put the two columns into one labelled picture, nearest-neighbour enlarged."""
-    height, width = (size * drawing.zoom for size in dense.shape[-2:])
-    font = ImageFont.load_default(_FONT_SIZE)
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     titles = ["dense", f"CR-Diff {drawing.ratios}, k = {drawing.poa_weight:g}"]
-    if measure.textlength(titles[1], font) > width:
-        titles[1] = "CR-Diff"
-    captions = [
-        _wrap(prompt.text, lambda text: measure.textlength(text, font) <= 2 * width + GAP)
-        for prompt in drawing.prompts
+    rows = [
+        Row(prompt.text, [_picture(image) for image in pair])
+        for prompt, *pair in zip(drawing.prompts, dense, pruned, strict=True)
     ]
-    lines = sum(len(caption) for caption in captions)
-    rows = len(captions)
-    sheet = Image.new(
-        "RGB",
-        (2 * width + 3 * GAP, GAP + _LINE * (1 + lines) + rows * (height + 2 * GAP)),
-        "white",
-    )
-    pen = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        pen.text((GAP + column * (width + GAP), GAP), title, "black", font)
-    top = GAP + _LINE
-    for caption, *pair in zip(captions, dense, pruned, strict=True):
-        top += GAP
-        for line in caption:
-            pen.text((GAP, top), line, "dimgray", font)
-            top += _LINE
-        for column, image in enumerate(pair):
-            picture = _picture(image).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (GAP + column * (width + GAP), top))
-        top += height + GAP
-    return sheet
+    return sheet.arrange(rows, drawing.zoom, titles)
 
 
 def _picture(image: Tensor) -> Image.Image:
     """image: (3, H, W) in [0, 1]."""
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
-
-
-def _wrap(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """Break a text between words into lines that fit, one word at least in each."""
-    lines: list[str] = []
-    for word in text.split():
-        if lines and fits(f"{lines[-1]} {word}"):
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
 
 
 # --- the command line ------------------------------------------------------------------------
@@ -227,7 +186,7 @@ def _drawing(options: argparse.Namespace) -> Drawing:
         guidance_scale,
         told_size if model.is_size_conditioned else None,
         _prompts(options),
-        options.zoom or max(1, round(_LEGIBLE / min(resolution.height, resolution.width))),
+        options.zoom or legible_zoom(resolution.height, resolution.width),
     )
 
 
