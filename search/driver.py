@@ -21,11 +21,12 @@ from search.config import Config, ConfigError
 from search.deadline import Deadline
 from search.evaluation_search import EvaluationSearch
 from search.evaluations import Evaluation
-from search.export import HISTORY_FILE, RATIOS_FILE, validated, write_history, write_ratios
+from search.export import HISTORY_FILE, validated, write_history, write_ratios
 from search.lease import Lease
 from search.logs import to_file
-from search.plan import EARLIER, RUN_FILE, Plan, read_record, reward_options
+from search.plan import EARLIER, Plan, reward_options
 from search.progress import Progress
+from search.runs import RATIOS_FILE, RUN_FILE, read_record
 from search.storage import Storage, StorageError
 from search.sync import TrackedSearch
 from search.tracking import Status, Tracker
@@ -97,9 +98,11 @@ def _run(plan: Plan, command: str, progress: Progress) -> Outcome:
         _follow(plan, command, tracked, progress)
         if not search.replay():
             progress.begin(search)
+            _record(plan, command)
             _fit(plan, command)
         try:
             write_history(plan)
+            _record(plan, command)
         except StorageError as broken:
             search.fail(str(broken))
         if search.failure is not None:
@@ -158,6 +161,8 @@ def _begin_folder(plan: Plan, command: str) -> None:
 
 
 def _record(plan: Plan, command: str) -> None:
+    search = plan.search
+    best = search.winner or next(iter(search.candidates), None)
     raw = {
         "key": plan.key,
         "command": command,
@@ -168,6 +173,15 @@ def _record(plan: Plan, command: str) -> None:
             [*candidate.ratios.as_dict().values(), candidate.poa_weight]
             for candidate in plan.search.warm_start
         ],
+        # For whoever lists searches, which must not take as long as to replay one.
+        "standing": {
+            "is_finished": search.finished and search.failure is None,
+            "failure": search.failure,
+            "num_steps": len(search.steps),
+            "num_pictures": plan.ledger.spent.num_pictures,
+            "ratios": list(best.ratios.as_dict().values()) if best else None,
+            "poa_weight": best.candidate.poa_weight if best else None,
+        },
         "config": plan.config.model_dump(mode="json"),
     }
     plan.folder.write(RUN_FILE, (json.dumps(raw, indent=2) + "\n").encode())

@@ -24,11 +24,12 @@ from search import charts
 from search.comparison import Comparison
 from search.config import ConfigError
 from search.evaluations import Evaluation
-from search.export import PACKAGES, RATIOS_FILE, load_plan, source_of, validated
+from search.export import PACKAGES, load_plan, source_of, validated
 from search.gallery import groups
 from search.ledger import STAGES
 from search.page import chart, render
-from search.plan import RUN_FILE, Plan, read_record
+from search.plan import Plan
+from search.runs import RATIOS_FILE, RUN_FILE, read_record
 from search.space import Space
 from search.storage import Storage
 

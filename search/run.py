@@ -161,7 +161,8 @@ def _search(config: Config, console: Console) -> list[str]:
     from search.progress import Progress
 
     console.print(f"{config.model.name} at {config.res}, {config.searcher.name}: starting")
-    return _summary(run(config, _command(), Progress(console)))
+    progress = Progress(console, gpu_hour_price=config.cluster.gpu_hour_price)
+    return _summary(run(config, _command(), progress))
 
 
 def _estimate(config: Config) -> list[str]:
