@@ -130,6 +130,13 @@ def read_record(folder: Storage) -> dict[str, Any]:
         return {}
 
 
+def runs_in(output: Storage) -> list[Storage]:
+    """Return the folders of the searches under an output folder, or itself if it is one."""
+    if RUN_FILE in output.files():
+        return [output]
+    return [run for cell in output.folders() for run in cell.folders() if RUN_FILE in run.files()]
+
+
 def _recipe(config: Config, model: Model, reward: Reward) -> Recipe:
     is_native = config.render.size_conditioning == "native"
     return Recipe(

@@ -17,7 +17,7 @@ from search.config import ConfigError
 from search.evaluation_search import Step
 from search.export import HISTORY_FILE, RATIOS_FILE, load_plan, validated
 from search.lease import Lease, LeaseError
-from search.plan import RUN_FILE, Plan, read_record
+from search.plan import RUN_FILE, Plan, read_record, runs_in
 from search.storage import Storage, StorageError
 from search.tracking import Experiment, Status, Tracker
 
@@ -138,17 +138,10 @@ def _flat(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _runs(output: Storage) -> list[Storage]:
-    """Return the folders of the searches under an output folder, or itself if it is one."""
-    if RUN_FILE in output.files():
-        return [output]
-    return [run for cell in output.folders() for run in cell.folders() if RUN_FILE in run.files()]
-
-
 def _abandoned(output: Storage) -> list[str]:
     """Return the keys of the searches that nobody works on."""
     try:
-        return [read_record(run).get("key", "") for run in _runs(output) if Lease(run).is_free]
+        return [read_record(run).get("key", "") for run in runs_in(output) if Lease(run).is_free]
     except StorageError as broken:  # They are closed another time.
         log.info("%s", broken)
         return []
@@ -200,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = 0
     try:
         output = Storage.at(parser.parse_args(arguments).output)
-        runs = _runs(output)
+        runs = runs_in(output)
         if not runs:
             raise ConfigError(
                 f"{output}: no search is there: give a run's folder, or the output of searches"
