@@ -286,8 +286,8 @@ def _killed(code: int | None) -> str:
     if code is not None and code < 0:
         what = signal.Signals(-code).name
     return (
-        f"its process was ended by {what} (by SIGKILL where memory runs out); what it had measured "
-        "is kept: run the same command again"
+        f"its process was ended by {what} (SIGKILL: perhaps memory ran out); what it had "
+        "measured is kept: run the same command again"
     )
 
 
@@ -311,8 +311,8 @@ def _run_cell(cell: Cell, cluster: ClusterSettings, is_verbose: bool, says: Conn
     os.setpgid(0, 0)
     sys.stdout = _Prefixed(sys.stdout, cell.name)
     sys.stderr = _Prefixed(sys.stderr, cell.name)
-    for number, handler in zip(_SIGNALS, (signal.default_int_handler, _interrupt), strict=True):
-        signal.signal(number, handler)
+    for number in _SIGNALS:
+        signal.signal(number, _interrupt)
     reason = ""
     try:
         to_console(is_verbose)
@@ -342,7 +342,7 @@ def _search(cell: Cell, cluster: ClusterSettings) -> None:
     console.print(f"{verdict}, at {outcome.winner.ratios}", markup=False)
 
 
-def _interrupt(*_: object) -> None:
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
@@ -382,7 +382,7 @@ class _Prefixed:
 
 
 def _show(console: Console, rows: Sequence[Row]) -> None:
-    for head, table in ((RATIOS_HEAD, ratios_table(rows)), (REWARDS_HEAD, rewards_table(rows))):
+    for head, table in ((REWARDS_HEAD, rewards_table(rows)), (RATIOS_HEAD, ratios_table(rows))):
         console.print()
         shown = [number for number in range(len(head)) if any(each[number] for each in table)]
         names = [head[number] for number in shown]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from markupsafe import Markup
 from plotly.graph_objects import Figure, Scatter
 
 from crdiff_core.errors import CRDiffError
@@ -226,13 +227,11 @@ def _last_grid(output: Storage) -> tuple[dict[str, Row], str]:
 def _named(rows: Sequence[Row]) -> list[Row]:
     """Name the searches by their cells, and by themselves where a cell has several."""
     names = name_cells([each.folder for each in rows])
-    return [
-        Row(**{**vars(each), "name": name}) for each, name in zip(rows, names, strict=True)
-    ]
+    return [Row(**{**vars(each), "name": name}) for each, name in zip(rows, names, strict=True)]
 
 
 def name_cells(folders: Sequence[str]) -> list[str]:
-    """Return a name for each search: its cell, MODEL_RES, or the folder where that is not one's."""
+    """Name each search by its cell, MODEL_RES, or by its folder where the cell has several."""
     cells = [folder.partition("/")[0] for folder in folders]
     count = Counter(cells)
     return [
@@ -272,9 +271,7 @@ def ratios_table(rows: Sequence[Row]) -> list[list[str]]:
     return [
         [
             *_first_columns(rows, each),
-            *(
-                [f"{each.found.ratios[group]:.3f}" for group in GROUPS] if each.found else [""] * 3
-            ),
+            *([f"{each.found.ratios[group]:.3f}" for group in GROUPS] if each.found else [""] * 3),
             f"{each.found.poa_weight:.3g}" if each.found else "",
             str(each.paper.ratios) if each.paper else "",
         ]
@@ -290,16 +287,14 @@ def rewards_table(rows: Sequence[Row]) -> list[list[str]]:
         if found and found.comparison:
             versus = found.comparison
             ours = [f"{found.dense:.4f}", f"{found.cr_diff:.4f}", f"{versus.difference:+.4f}"]
-            ours += [f"[{versus.low:+.4f}, {versus.high:+.4f}]"]
+            ours += [f"{versus.low:+.4f} to {versus.high:+.4f}"]
         theirs = [""] * 4
         if paper:
             theirs = [f"{value:.3f}" for value in (paper.dense, paper.pruned, paper.cr_diff)]
             theirs += [f"{paper.difference:+.3f}"]
         weight = f"{found.poa_weight:.3g}" if found else ""
         reward = found.reward if found else ""
-        table.append(
-            [*_first_columns(rows, each), each.verdict, reward, *ours, weight, *theirs]
-        )
+        table.append([*_first_columns(rows, each), each.verdict, reward, *ours, weight, *theirs])
     return table
 
 
@@ -391,7 +386,7 @@ _VERDICTS: Mapping[str, str] = {
 _OURS, _THEIRS = "#3b7dd8", "#d9822b"
 
 
-def _differences(rows: Sequence[Row]) -> str:
+def _differences(rows: Sequence[Row]) -> Markup | str:
     """Return the chart of every cell's difference with its interval; '' if there is none."""
     compared = [each for each in rows if each.found and each.found.comparison]
     if not compared:
@@ -430,7 +425,7 @@ def _differences(rows: Sequence[Row]) -> str:
     return chart(figure, f"Difference in reward of each cell: {said}")
 
 
-def _ratios(rows: Sequence[Row]) -> list[str]:
+def _ratios(rows: Sequence[Row]) -> list[Markup]:
     """Return a chart of each block group's best ratios, ours and the paper's."""
     found = [each for each in rows if each.found]
     charts = []

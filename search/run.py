@@ -84,8 +84,8 @@ def _alone(arguments: list[str]) -> _Composed:
     composed = hydra.compose("config", arguments, return_hydra_config=True)
     if more := _more(composed, arguments):
         raise ConfigError(
-            f"these settings are a search for each of {' '.join(more)}: add -m to run them all, or "
-            "choose one of each"
+            f"these settings are a search for each of {' '.join(more)}: add -m to run them all, "
+            "or choose one of each"
         )
     return _Composed(_parse(composed), arguments)
 
@@ -157,7 +157,7 @@ def _choices(override: Override) -> list[str]:
 
 
 def _parse(composed: DictConfig) -> Config:
-    ours = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     raw = OmegaConf.to_container(ours, resolve=True)
     assert isinstance(raw, dict)
     return Config.parse({str(key): value for key, value in raw.items()})
@@ -303,8 +303,8 @@ def _of_hydra(error: Exception) -> str:
     if override is not None:
         grid = "add -m for a search of each, or " if ambiguous else ""
         return (
-            f"{_shown(override)}: not understood: {grid}put a value with spaces or signs into both "
-            """kinds of quotes, as in 'prompts.text="a cat, asleep"'"""
+            f"{_shown(override)}: not understood: {grid}put a value with spaces or signs into "
+            """both kinds of quotes, as in 'prompts.text="a cat, asleep"'"""
         )
     if match := re.search(r"Could not override '(.+?)'", text):
         return f"{match[1]}: {NO_SUCH_SETTING}"
