@@ -118,7 +118,8 @@ def _name(value: str) -> str:
 class ModelSettings(Settings):
     """conf/model: what is drawn with, and its own defaults.
 
-    paper_ratios: (down, mid, up) of the paper's table 6, by HEIGHTxWIDTH.
+    paper_ratios:       (down, mid, up) of the paper's table 6, by HEIGHTxWIDTH.
+    paper_image_reward: of dense, pruned alone and CR-Diff (tables 1, 2, 7); none in earlier runs.
     """
 
     name: Annotated[str, AfterValidator(_name)]
@@ -133,6 +134,7 @@ class ModelSettings(Settings):
     search_steps: Count
     bounds: Bounds
     paper_ratios: dict[str, Triple]
+    paper_image_reward: dict[str, Triple] = {}
 
     def model(self) -> Model:
         """The model itself."""
@@ -245,7 +247,7 @@ class PromptSettings(Settings):
 
 
 class ClusterSettings(Settings):
-    """conf/cluster: where trials run, and what one takes."""
+    """conf/cluster: where trials run, and what one takes; earlier versions had no grid's cells."""
 
     name: str
     address: str
@@ -253,6 +255,7 @@ class ClusterSettings(Settings):
     cpus_per_trial: Count
     gpus_per_trial: Annotated[float, Field(gt=0)]
     num_workers: Count | None
+    cells: Count | None = None
     gpu_hour_price: Annotated[float, Field(ge=0)] | None
 
 

@@ -17,7 +17,7 @@ from datetime import datetime
 from crdiff_core.errors import CRDiffError
 from search.cluster import connect, num_workers, start_at_once
 from search.comparison import Comparison
-from search.config import Config, ConfigError
+from search.config import ClusterSettings, Config, ConfigError
 from search.deadline import Deadline
 from search.evaluation_search import EvaluationSearch
 from search.evaluations import Evaluation
@@ -71,10 +71,13 @@ class Outcome:
     tracker: Tracker | None
 
 
-def run(config: Config, command: str, progress: Progress) -> Outcome:
+def run(
+    config: Config, command: str, progress: Progress, cluster: ClusterSettings | None = None
+) -> Outcome:
     """Search, going on from whatever the ledger holds, and write the results.
 
     command: the command line that starts this search, for the record.
+    cluster: where it runs, if not on the config's own: a grid has started one, and shares it out.
     Raises a CRDiffError, in one line, if it cannot run or ends without a result, and
     KeyboardInterrupt after Ctrl-C; what was measured by then is in the ledger.
     """
@@ -84,10 +87,10 @@ def run(config: Config, command: str, progress: Progress) -> Outcome:
         if plan.ledger.has_grown:  # Another driver has ended meanwhile.
             plan = Plan.make(config)
         lease.on_lost = plan.search.fail
-        return _run(plan, command, progress)
+        return _run(plan, command, progress, cluster or config.cluster)
 
 
-def _run(plan: Plan, command: str, progress: Progress) -> Outcome:
+def _run(plan: Plan, command: str, progress: Progress, cluster: ClusterSettings) -> Outcome:
     search = plan.search
     began_s = time.monotonic()
     tracked = TrackedSearch(plan) if plan.config.tracking.name != "none" else None
@@ -99,7 +102,7 @@ def _run(plan: Plan, command: str, progress: Progress) -> Outcome:
         if not search.replay():
             progress.begin(search)
             _record(plan, command)
-            _fit(plan, command)
+            _fit(plan, command, cluster)
         try:
             write_history(plan)
             _record(plan, command)
@@ -190,16 +193,15 @@ def _record(plan: Plan, command: str) -> None:
 # --- Ray Tune --------------------------------------------------------------------------------
 
 
-def _fit(plan: Plan, command: str) -> None:
+def _fit(plan: Plan, command: str, settings: ClusterSettings) -> None:
     """Hand the evaluations' prompt batches to Ray Tune until there are no more, or Ctrl-C."""
     from ray import tune
 
     with (
-        connect(plan.config.cluster) as resources,
+        connect(settings) as resources,
         _drained_on_sigterm(plan.search),
         tempfile.TemporaryDirectory() as scratch,
     ):
-        settings = plan.config.cluster
         on_gpu = "gpu" in resources
         if not on_gpu and settings.device == "auto" and plan.model.dtype == "float16":
             raise ConfigError(
