@@ -26,7 +26,7 @@ from search.lease import Lease
 from search.logs import to_file
 from search.plan import EARLIER, Plan, reward_options
 from search.progress import Progress
-from search.runs import RATIOS_FILE, RUN_FILE, read_record
+from search.runs import RATIOS_FILE, REPORT_FILE, RUN_FILE, read_record
 from search.storage import Storage, StorageError
 from search.sync import TrackedSearch
 from search.tracking import Status, Tracker
@@ -43,7 +43,8 @@ class SearchFailedError(CRDiffError):
 class Outcome:
     """What a finished search found.
 
-    ratios_file:  the exported best ratios.
+    ratios_file:  the exported best ratios; report: the page to look at, None if it could not be
+                  written.
     winner:       its evaluation on the search prompts; dense: the dense model's.
     comparison:   of the two on the validation prompts; None if that evaluation failed.
     num_reranked: how many of the best were compared on fresh prompts; the winner won there.
@@ -57,6 +58,7 @@ class Outcome:
     """
 
     ratios_file: Storage
+    report: Storage | None
     winner: Evaluation
     dense: Evaluation
     comparison: Comparison | None
@@ -115,6 +117,7 @@ def _run(plan: Plan, command: str, progress: Progress, cluster: ClusterSettings)
             raise KeyboardInterrupt
         ratios_file = write_ratios(plan)
         status = "FINISHED"
+        report = _report(plan)
     finally:
         progress.close()
         log.info("search ends: %s", status, extra={"reason": search.failure or search.ended_by})
@@ -130,6 +133,7 @@ def _run(plan: Plan, command: str, progress: Progress, cluster: ClusterSettings)
     assert dense is not None
     return Outcome(
         ratios_file,
+        report,
         winner,
         dense,
         validated(plan),
@@ -145,6 +149,21 @@ def _run(plan: Plan, command: str, progress: Progress, cluster: ClusterSettings)
     )
 
 
+def _report(plan: Plan) -> Storage | None:
+    """Write the report; whatever comes of it, the search has its result."""
+    if not plan.search.num_drawn and REPORT_FILE in plan.folder.files():
+        return plan.folder / REPORT_FILE
+    try:
+        # It takes seconds to import what draws charts.
+        from search.report import write_report
+
+        return write_report(plan)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        log.warning("no report: %s: python -m search.report %s tries again", reason, plan.folder)
+        return None
+
+
 def _begin_folder(plan: Plan, command: str) -> None:
     """Record the settings; keep the results of an earlier search with other settings."""
     folder = plan.folder
@@ -152,7 +171,7 @@ def _begin_folder(plan: Plan, command: str) -> None:
     if folder.read(RUN_FILE) is not None and read_record(folder).get("key") != plan.key:
         kept = folder / EARLIER / f"{datetime.now():%Y%m%d-%H%M%S}"
         kept.make()
-        for name in (RUN_FILE, RATIOS_FILE, HISTORY_FILE):
+        for name in (RUN_FILE, RATIOS_FILE, HISTORY_FILE, REPORT_FILE):
             if name in folder.files():
                 folder.move(name, kept)
         log.warning(

@@ -29,11 +29,9 @@ from search.gallery import groups
 from search.ledger import STAGES
 from search.page import chart, render
 from search.plan import Plan
-from search.runs import RATIOS_FILE, RUN_FILE, read_record
+from search.runs import RATIOS_FILE, REPORT_FILE, RUN_FILE, read_record
 from search.space import Space
 from search.storage import Storage
-
-REPORT_FILE = "report.html"
 
 # Fewer evaluations say nothing of which ratio matters.
 _ENOUGH = 10

@@ -208,6 +208,7 @@ def _summary(outcome: Outcome) -> list[str]:
         f"steps           {_steps(outcome)}",
         f"pictures        {drawn}",
         f"ratios file     {outcome.ratios_file}",
+        *([f"report          {outcome.report}"] if outcome.report is not None else []),
     ]
     if outcome.ended_by is not None:
         lines.insert(1, f"ended by        {outcome.ended_by}: run again with more to go on")

@@ -35,13 +35,12 @@ from search.export import HISTORY_FILE, load_plan, validated
 from search.lease import Lease, LeaseError
 from search.pictures import Pictures
 from search.plan import Plan
-from search.runs import RATIOS_FILE, RUN_FILE, read_record, runs_in
+from search.runs import RATIOS_FILE, REPORT_FILE, RUN_FILE, read_record, runs_in
 from search.storage import Storage, StorageError
 from search.tracking import Experiment, Status, Tracker
 
 log = logging.getLogger(__name__)
 
-REPORT_FILE = "report.html"
 LEDGER_FILE = "ledger.parquet"
 
 # The dense model's evaluation on the same prompts. Those of "pruned alone" and "resized" were
