@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,11 +73,10 @@ def _baking(options: argparse.Namespace) -> Baking:
     ratios, file = commands.chosen_ratios(options)
     model = commands.chosen_model(options.model, options.dtype, file)
     if file is not None and file.poa_weight not in {None, 1.0}:
-        warnings.warn(
+        commands.warn(
             f"these ratios were searched with poa_weight {file.poa_weight:g}, and what is saved "
             "draws with 1, the pruned model alone: to draw as the search did, which needs both "
-            "UNets, use crdiff_core.apply",
-            stacklevel=2,
+            "UNets, use crdiff_core.apply"
         )
     return Baking(model, options.ratios or ratios, options.out, options.unet_only)
 
