@@ -41,8 +41,8 @@ def save(baking: Baking) -> None:
         from crdiff_core.poa import bake
 
         pipe = bake(baking.model.load(torch.device("cpu")), baking.ratios)
-        # A VAE that was decoded in float32 was read in the model's dtype all the same.
-        pipe.to(pipe.unet.dtype)
+        if pipe.vae.dtype != pipe.unet.dtype:  # Only to draw: it was read in the model's.
+            pipe.vae.to(pipe.unet.dtype)
         for part in (pipe, pipe.unet, pipe.vae):
             # Else diffusers writes down where on this machine it was read from.
             part.register_to_config(_name_or_path=baking.model.name)

@@ -91,9 +91,7 @@ def test_the_unet_alone_is_a_folder_of_its_own(capsys, sd_folder, tmp_path):
 
 
 @pytest.mark.parametrize("by_file", [True, False], ids=["the file's", "an option's"])
-def test_it_is_saved_in_the_dtype_of_the_search_or_the_options(
-    capsys, sd_folder, tmp_path, by_file
-):
+def test_the_dtype_is_that_of_the_search_or_the_options(capsys, sd_folder, tmp_path, by_file):
     recipe = {"dtype": "bfloat16" if by_file else "float16"}
     file = written(tmp_path / "best.json", recipe=recipe)
     dtype = [] if by_file else ["--dtype", "bfloat16"]
