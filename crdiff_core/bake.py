@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +41,8 @@ def save(baking: Baking) -> None:
         from crdiff_core.poa import bake
 
         pipe = bake(baking.model.load(torch.device("cpu")), baking.ratios)
-        # A VAE that was decoded in float32 was read in the model's dtype all the same.
-        pipe.to(pipe.unet.dtype)
+        if pipe.vae.dtype != pipe.unet.dtype:  # Only to draw: it was read in the model's.
+            pipe.vae.to(pipe.unet.dtype)
         for part in (pipe, pipe.unet, pipe.vae):
             # Else diffusers writes down where on this machine it was read from.
             part.register_to_config(_name_or_path=baking.model.name)
@@ -74,11 +73,10 @@ def _baking(options: argparse.Namespace) -> Baking:
     ratios, file = commands.chosen_ratios(options)
     model = commands.chosen_model(options.model, options.dtype, file)
     if file is not None and file.poa_weight not in {None, 1.0}:
-        warnings.warn(
+        commands.warn(
             f"these ratios were searched with poa_weight {file.poa_weight:g}, and what is saved "
             "draws with 1, the pruned model alone: to draw as the search did, which needs both "
-            "UNets, use crdiff_core.apply",
-            stacklevel=2,
+            "UNets, use crdiff_core.apply"
         )
     return Baking(model, options.ratios or ratios, options.out, options.unet_only)
 

@@ -45,15 +45,18 @@ class Parser(argparse.ArgumentParser):
             )
 
 
+def warn(message: object) -> None:
+    """Say a warning in one line, without the code that gave it."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def run(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None) -> int:
     """Run a command and return its exit code; errors and warnings become one line each."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(
-                f"warning: {message}", file=sys.stderr
-            )
+            warnings.showwarning = lambda message, *_: warn(message)
             command(arguments)
     except (CRDiffError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
