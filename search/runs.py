@@ -217,11 +217,11 @@ class _Best(_File):
 
 
 def _table(runs: Sequence[Run]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 1, 0))
     table.add_column("search", overflow="fold")
     table.add_column("state\ntouched", no_wrap=True)
     table.add_column("steps\npictures", no_wrap=True)
-    table.add_column("best (down / mid / up)\nagainst dense", overflow="fold", min_width=26)
+    table.add_column("down / mid / up, best\nagainst dense", overflow="fold", width=26)
     for run in runs:
         table.add_row(
             Text(_printable(f"{run.model} {run.resolution}\n{run.name}", "\n")),
@@ -276,10 +276,9 @@ def _pictures(run: Run) -> str:
 
 def _ago(at: float) -> str:
     seconds = max(0.0, time.time() - at)
-    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
-            count = int(seconds // length)
-            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+            return f"{seconds // length:.0f} {unit} ago"
     return "just now"
 
 
