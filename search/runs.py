@@ -217,12 +217,12 @@ class _Best(_File):
 # --- what is printed --------------------------------------------------------------------------
 
 
-def _table(output: Storage, runs: Sequence[Run]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0), title_justify="left")
+def _table(runs: Sequence[Run]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 1, 0))
     table.add_column("search", overflow="fold")
-    table.add_column("state", no_wrap=True)
-    table.add_column("steps", no_wrap=True)
-    table.add_column("best ratios (down / mid / up), against dense", overflow="fold")
+    table.add_column("state\ntouched", no_wrap=True)
+    table.add_column("steps\npictures", no_wrap=True)
+    table.add_column("down / mid / up, best\nagainst dense", overflow="fold", width=26)
     for run in runs:
         table.add_row(
             Text(_printable(f"{run.model} {run.resolution}\n{run.name}", "\n")),
@@ -238,7 +238,7 @@ def _lines(runs: Sequence[Run]) -> Iterator[str]:
         [
             run.state,
             f"{_steps(run)} steps",
-            _pictures(run),
+            f"{_pictures(run)} pictures",
             *(_result(run) + 3 * [""])[:3],
             datetime.fromtimestamp(run.touched_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             run.folder,
@@ -272,15 +272,14 @@ def _steps(run: Run) -> str:
 
 
 def _pictures(run: Run) -> str:
-    return "" if run.num_pictures is None else f"{run.num_pictures} pictures"
+    return "?" if run.num_pictures is None else str(run.num_pictures)
 
 
 def _ago(at: float) -> str:
     seconds = max(0.0, time.time() - at)
-    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
-            count = int(seconds // length)
-            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+            return f"{seconds // length:.0f} {unit} ago"
     return "just now"
 
 
@@ -323,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps([run.as_dict() for run in runs], indent=2))
     elif console.is_terminal and runs:
-        console.print(_table(output, runs))
+        console.print(_table(runs))
     else:
         for line in _lines(runs):
             print(line)
