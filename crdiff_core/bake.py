@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from crdiff_core import commands
+from crdiff_core.errors import ModelError
 from crdiff_core.models import DTYPES, Model
 from crdiff_core.ratios import BlockRatios
 
@@ -47,7 +50,10 @@ def save(baking: Baking) -> None:
             # Else diffusers writes down where on this machine it was read from.
             part.register_to_config(_name_or_path=baking.model.name)
         saved = pipe.unet if baking.unet_only else pipe
-        saved.save_pretrained(draft, safe_serialization=True)
+        try:
+            saved.save_pretrained(draft, safe_serialization=True)
+        except SafetensorError as error:  # Of a full disk, for one.
+            raise ModelError(f"{baking.out} cannot be written: {error}") from error
 
 
 def _parser() -> commands.Parser:

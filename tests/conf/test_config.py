@@ -141,6 +141,8 @@ def test_settings_survive_json():
         ("searcher.cooling=2", "searcher.cooling: input should be less than or equal to 1"),
         ("searcher.seeds=[]", "searcher.seeds: tuple should have at least 1 item"),
         ("poa_weight=nan", "poa_weight: input should be a finite number"),
+        ("poa_weight=-1", "poa_weight: input should be greater than or equal to 0"),
+        ("space.poa_weight=[1,1e9]", "space.poa_weight.1: input should be less than"),
         ("res=24", "res: resolution 24 is not HEIGHTxWIDTH: write it as 480x360"),
         ("+foo=1", "foo: there is no such setting"),
         ("render.compile=fast", "render.compile: input should be 'none', 'blocks' or 'graphs'"),

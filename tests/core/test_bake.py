@@ -1,6 +1,7 @@
 """python -m crdiff_core.bake: the pruned model as a folder that plain diffusers draws with."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,20 @@ def test_a_folder_that_cannot_be_filled_is_not_made(tmp_path):
 
     with pytest.raises(OSError, match="no space left"):
         fill()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(capsys, sd_folder, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        code, _, error = call(capsys, "--model", sd_folder, *BY_HAND, "--out", tmp_path / "baked")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert code == 2
+    assert error.startswith(f"error: {tmp_path / 'baked'} cannot be written: ")
+    assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
