@@ -220,14 +220,20 @@ class _Session:
         """Run these; after a signal no more are begun, and those that run are told."""
         waiting = deque(enumerate(cells, 1))
         with _handled(self._stop):
-            while self._running or (waiting and self.stopped_by is None):
-                while waiting and self._shares and self.stopped_by is None:
-                    number, cell = waiting.popleft()
-                    self._say(f"cell {number} of {len(cells)}: {cell.name}")
-                    self._begin(cell)
-                for sentinel in wait(list(self._running), timeout=_LOOK_S):
-                    assert isinstance(sentinel, int)
-                    self._end(self._running.pop(sentinel))
+            try:
+                while self._running or (waiting and self.stopped_by is None):
+                    while waiting and self._shares and self.stopped_by is None:
+                        number, cell = waiting.popleft()
+                        self._say(f"cell {number} of {len(cells)}: {cell.name}")
+                        self._begin(cell)
+                    for sentinel in wait(list(self._running), timeout=_LOOK_S):
+                        assert isinstance(sentinel, int)
+                        self._end(self._running.pop(sentinel))
+            finally:
+                # None is left, unless something of ours has failed, such as a closed console.
+                self._stop_all(signal.SIGTERM)
+                for running in self._running.values():
+                    running.process.join()
 
     def _begin(self, cell: Cell) -> None:
         share = self._shares.pop(0)
@@ -269,6 +275,9 @@ class _Session:
 
     def _stop(self, number: int, _: FrameType | None) -> None:
         self.stopped_by = number
+        self._stop_all(number)
+
+    def _stop_all(self, number: int) -> None:
         for running in [*self._running.values()]:
             _tell(running, number)
 
