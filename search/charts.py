@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate, combinations
 from typing import Any
 
-from plotly.colors import sample_colorscale
+from plotly.colors import make_colorscale, sample_colorscale
 from plotly.graph_objects import Bar, Figure
 
 from search.comparison import Comparison
@@ -17,7 +17,7 @@ from search.space import Space
 
 # They differ for the colour-blind too, on light and on dark.
 _BETTER, _WORSE, _PLAIN = "#3987e5", "#e0703a", "#8d96a5"
-_SCALE = "Viridis"
+_SCALE = ["#6a51a3", "#2a9d8f", "#d19a00"]
 # Lines of one colour are one trace: a browser draws few traces of many lines quickly.
 _NUM_COLOURS = 12
 _STAR = {
@@ -119,21 +119,6 @@ def history(steps: Sequence[Step], dense: float | None) -> Figure:
             hovertemplate="dense: %{y:.4f}<extra></extra>",
             name="dense",
         )
-    temperatures = [step.temperature for step in steps]
-    if any(temperature is not None for temperature in temperatures):
-        figure.add_scatter(
-            x=list(numbers),
-            y=temperatures,
-            yaxis="y2",
-            mode="lines",
-            line={"color": "#9b59b6", "width": 1, "dash": "dot"},
-            hovertemplate="temperature %{y:.3g}<extra></extra>",
-            visible="legendonly",
-            name="temperature (tap to show)",
-        )
-        figure.update_layout(
-            yaxis2={"overlaying": "y", "side": "right", "showgrid": False, "automargin": True}
-        )
     return _laid_out(figure, "step", "mean reward on the search prompts", height=430)
 
 
@@ -215,7 +200,7 @@ def parallel(space: Space, evaluations: Sequence[Evaluation], winner: Evaluation
         share = _share(evaluation.mean, (low, high))
         groups.setdefault(round(share * (_NUM_COLOURS - 1)), []).append(evaluation)
     levels = [number / (_NUM_COLOURS - 1) for number in range(_NUM_COLOURS)]
-    colours = sample_colorscale(_SCALE, levels)
+    colours = sample_colorscale(make_colorscale(_SCALE), levels)
     figure = Figure()
     lines: list[tuple[list[Evaluation], dict[str, Any]]] = [
         (group, {"color": colours[number], "width": 1.5})
@@ -242,7 +227,8 @@ def parallel(space: Space, evaluations: Sequence[Evaluation], winner: Evaluation
             line=line,
         )
     for name, (least, most) in spans.items():
-        figure.add_vline(name, line={"color": _PLAIN, "width": 1})
+        axis = {"color": _PLAIN, "width": 1}
+        figure.add_shape(x0=name, x1=name, y0=0, y1=1, line=axis, layer="below")
         for level, value in ((-0.07, least), (1.07, most)):
             figure.add_annotation(x=name, y=level, text=f"{value:.3g}", showarrow=False)
     figure.update_yaxes(visible=False, range=[-0.12, 1.12])

@@ -21,7 +21,7 @@ from pydantic import model_validator as check
 
 from crdiff_core.errors import CRDiffError
 from crdiff_core.models import Model
-from crdiff_core.ratios import Resolution
+from crdiff_core.ratios import HIGHEST_POA_WEIGHT, Resolution
 
 NO_SUCH_SETTING = (
     "there is no such setting (python -m search.run --help lists them; each searcher, model and "
@@ -57,6 +57,7 @@ Size = Annotated[
 ]
 Interval = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 Triple = tuple[float, float, float]
+PoaWeight = Annotated[float, Field(ge=0, le=HIGHEST_POA_WEIGHT)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -72,7 +73,7 @@ class Bounds(Settings):
 class SpaceSettings(Settings):
     """What both spaces have; a poa_weight of [low, high] is searched too."""
 
-    poa_weight: tuple[float, float] | None
+    poa_weight: tuple[PoaWeight, PoaWeight] | None
 
     @property
     def bounds(self) -> dict[str, tuple[float, float]]:
@@ -339,7 +340,7 @@ class Config(Settings):
     trial: TrialSettings
     res: Size
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    poa_weight: float
+    poa_weight: PoaWeight
     output: Annotated[str, Field(min_length=1)]
     dry_run: bool
 

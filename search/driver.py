@@ -21,11 +21,12 @@ from search.config import ClusterSettings, Config, ConfigError
 from search.deadline import Deadline
 from search.evaluation_search import EvaluationSearch
 from search.evaluations import Evaluation
-from search.export import HISTORY_FILE, RATIOS_FILE, validated, write_history, write_ratios
+from search.export import HISTORY_FILE, validated, write_history, write_ratios
 from search.lease import Lease
 from search.logs import to_file
-from search.plan import EARLIER, RUN_FILE, Plan, read_record, reward_options
+from search.plan import EARLIER, Plan, reward_options
 from search.progress import Progress
+from search.runs import RATIOS_FILE, REPORT_FILE, RUN_FILE, read_record
 from search.storage import Storage, StorageError
 from search.sync import TrackedSearch
 from search.tracking import Status, Tracker
@@ -42,7 +43,8 @@ class SearchFailedError(CRDiffError):
 class Outcome:
     """What a finished search found.
 
-    ratios_file:  the exported best ratios.
+    ratios_file:  the exported best ratios; report: the page to look at, None if it could not be
+                  written.
     winner:       its evaluation on the search prompts; dense: the dense model's.
     comparison:   of the two on the validation prompts; None if that evaluation failed.
     num_reranked: how many of the best were compared on fresh prompts; the winner won there.
@@ -56,6 +58,7 @@ class Outcome:
     """
 
     ratios_file: Storage
+    report: Storage | None
     winner: Evaluation
     dense: Evaluation
     comparison: Comparison | None
@@ -100,9 +103,11 @@ def _run(plan: Plan, command: str, progress: Progress, cluster: ClusterSettings)
         _follow(plan, command, tracked, progress)
         if not search.replay():
             progress.begin(search)
+            _record(plan, command)
             _fit(plan, command, cluster)
         try:
             write_history(plan)
+            _record(plan, command)
         except StorageError as broken:
             search.fail(str(broken))
         if search.failure is not None:
@@ -112,6 +117,7 @@ def _run(plan: Plan, command: str, progress: Progress, cluster: ClusterSettings)
             raise KeyboardInterrupt
         ratios_file = write_ratios(plan)
         status = "FINISHED"
+        report = _report(plan)
     finally:
         progress.close()
         log.info("search ends: %s", status, extra={"reason": search.failure or search.ended_by})
@@ -127,6 +133,7 @@ def _run(plan: Plan, command: str, progress: Progress, cluster: ClusterSettings)
     assert dense is not None
     return Outcome(
         ratios_file,
+        report,
         winner,
         dense,
         validated(plan),
@@ -142,6 +149,21 @@ def _run(plan: Plan, command: str, progress: Progress, cluster: ClusterSettings)
     )
 
 
+def _report(plan: Plan) -> Storage | None:
+    """Write the report; whatever comes of it, the search has its result."""
+    if not plan.search.num_drawn and REPORT_FILE in plan.folder.files():
+        return plan.folder / REPORT_FILE
+    try:
+        # It takes seconds to import what draws charts.
+        from search.report import write_report
+
+        return write_report(plan)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        log.warning("no report: %s: python -m search.report %s tries again", reason, plan.folder)
+        return None
+
+
 def _begin_folder(plan: Plan, command: str) -> None:
     """Record the settings; keep the results of an earlier search with other settings."""
     folder = plan.folder
@@ -149,7 +171,7 @@ def _begin_folder(plan: Plan, command: str) -> None:
     if folder.read(RUN_FILE) is not None and read_record(folder).get("key") != plan.key:
         kept = folder / EARLIER / f"{datetime.now():%Y%m%d-%H%M%S}"
         kept.make()
-        for name in (RUN_FILE, RATIOS_FILE, HISTORY_FILE):
+        for name in (RUN_FILE, RATIOS_FILE, HISTORY_FILE, REPORT_FILE):
             if name in folder.files():
                 folder.move(name, kept)
         log.warning(
@@ -161,6 +183,8 @@ def _begin_folder(plan: Plan, command: str) -> None:
 
 
 def _record(plan: Plan, command: str) -> None:
+    search = plan.search
+    best = search.winner or next(iter(search.candidates), None)
     raw = {
         "key": plan.key,
         "command": command,
@@ -171,6 +195,15 @@ def _record(plan: Plan, command: str) -> None:
             [*candidate.ratios.as_dict().values(), candidate.poa_weight]
             for candidate in plan.search.warm_start
         ],
+        # For whoever lists searches, which must not take as long as to replay one.
+        "standing": {
+            "is_finished": search.finished and search.failure is None,
+            "failure": search.failure,
+            "num_steps": len(search.steps),
+            "num_pictures": plan.ledger.spent.num_pictures,
+            "ratios": list(best.ratios.as_dict().values()) if best else None,
+            "poa_weight": best.candidate.poa_weight if best else None,
+        },
         "config": plan.config.model_dump(mode="json"),
     }
     plan.folder.write(RUN_FILE, (json.dumps(raw, indent=2) + "\n").encode())

@@ -311,10 +311,51 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
     @property
     def progress(self) -> tuple[int, int]:
         """Steps and other evaluations that are done, and how many there will be."""
-        others = len(self.evaluations) - len(self._work.of("search"))
         num_steps = len(self.steps)
-        searched = num_steps if self._exhausted else self._budget.steps
-        return num_steps + others, 1 + searched + self._rerank_top + 2 + self._num_shows
+        others = len(self.evaluations) - len(self._work.of("search"))
+        validation = self._work.of("validation", "dense validation")
+        num_shows = 0 if any(e.failure for e in validation) else self._num_shows
+        searched = num_steps + self._num_steps_coming(num_steps)
+        return num_steps + others, 1 + searched + self._num_reranked + 2 + num_shows
+
+    @property
+    def num_running(self) -> int:
+        """How many trials are under way."""
+        return len(self._trials)
+
+    @property
+    def num_coming(self) -> int:
+        """How many pictures are still to be drawn, if the other steps take what these took."""
+        if self.finished:
+            return 0
+        searched, num_steps = self._work.of("search")[len(self._warm) :], len(self.steps)
+        each = float(self._sizes["search"])
+        if num_steps:
+            each = sum(len(evaluation.rewards) for evaluation in searched) / num_steps
+        others = [e for e in self._work.open if e.kind != "search"]
+        coming = round(self._num_steps_coming(num_steps) * each)
+        coming += sum(len(evaluation.missing) for evaluation in others)
+        if not self._is_shown:
+            coming += self.num_for_report
+        if self.winner is None:
+            coming += 2 * self._sizes["validation"]
+            if not self._work.of("rerank") and not any(e.kind == "rerank" for e in others):
+                coming += self._num_reranked * self._sizes["rerank"]
+        return coming
+
+    def _num_steps_coming(self, num_steps: int) -> int:
+        """Return how many steps follow so many, as far as is known."""
+        if self._exhausted:
+            return sum(evaluation.kind == "search" for evaluation in self._work.open)
+        return max(0, self._budget.steps - num_steps)
+
+    @property
+    def _num_reranked(self) -> int:
+        """How many candidates are compared again, as far as is known; one alone is not."""
+        count = min(self._rerank_top, self._budget.steps + len(self._warm))
+        if self._exhausted and not any(e.kind == "search" for e in self._work.open):
+            count = len(self.candidates[: self._rerank_top])
+        return count if count > 1 else 0
 
     @property
     def num_drawn(self) -> int:

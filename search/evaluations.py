@@ -28,8 +28,8 @@ Kind = Literal[
     "dense", "search", "rerank", "validation", "dense validation", "pruned alone", "resized"
 ]
 
-# Of the search prompts so many, the first ones, have their pictures kept.
 NUM_KEPT = 4
+"""Of the search prompts so many, the first ones, have their pictures kept."""
 
 
 @dataclass(frozen=True)

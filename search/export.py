@@ -20,10 +20,10 @@ from crdiff_core.ratios import GROUPS, RatiosFile
 from search.comparison import Comparison, compare
 from search.config import Config, ConfigError
 from search.evaluations import Evaluation
-from search.plan import EARLIER, RUN_FILE, Plan, read_record
+from search.plan import EARLIER, Plan
+from search.runs import RATIOS_FILE, RUN_FILE, read_record
 from search.storage import Storage
 
-RATIOS_FILE = "best_ratios.json"
 HISTORY_FILE = "history.parquet"
 PACKAGES = ("crdiff-search", "torch", "diffusers", "transformers", "ray", "optuna")
 

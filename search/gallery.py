@@ -21,9 +21,10 @@ _SMALL = 256
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture beside others of its prompt.
+    """One picture of a row.
 
-    missing: why there is none; note: its reward.
+    uri:     of its bytes; None: there is none, and `missing` says why.
+    note:    its reward, and how much more that is than the dense one's.
     """
 
     title: str
@@ -34,116 +35,115 @@ class Cell:
     is_small: bool
 
 
-class Column(NamedTuple):
-    """An evaluation whose pictures are shown, with its rewards by prompt."""
-
-    title: str
-    evaluation: Evaluation
-    rewards: Mapping[Prompt, float]
-
-    @classmethod
-    def of(cls, title: str, evaluation: Evaluation) -> Column:
-        """Take the rewards of an evaluation, if it has all of them."""
-        known = evaluation.is_complete and evaluation.failure is None
-        prompts = evaluation.prompts.prompts if known else ()
-        rewards = evaluation.rewards if known else ()
-        return cls(title, evaluation, dict(zip(prompts, rewards, strict=True)))
-
-
 class Group(NamedTuple):
-    """Prompts under one heading: of each its text, its seed and its cells."""
+    """Prompts that were chosen for one reason, each with its row of pictures."""
 
     title: str
-    means: str
+    note: str
     rows: list[tuple[Prompt, list[Cell]]]
 
 
+class _Column(NamedTuple):
+    title: str
+    evaluation: Evaluation
+
+    @property
+    def rewards(self) -> Mapping[Prompt, float]:
+        if not self.evaluation.is_complete:  # Which prompts the rewards are of is not said.
+            return {}
+        return dict(zip(self.evaluation.prompts.prompts, self.evaluation.rewards, strict=True))
+
+
 def groups(plan: Plan) -> list[Group]:
-    """Return the rows of pictures, by why they were chosen; none if none were kept."""
+    """Return the rows of pictures by why they were chosen; none if none are kept."""
     if plan.config.report.pictures == 0:
         return []
-    chosen, columns = _validation_columns(plan) or _search_columns(plan)
-    pictures = Pictures(plan.folder.parent / "pictures")
-    prompts = [prompt for some in chosen.values() for prompt in some]
-    kept = {
-        column.title: dict(zip(prompts, pictures.get(column.evaluation.key, prompts), strict=True))
-        for column in columns
-    }
-    is_small = max(plan.recipe.height, plan.recipe.width) < _SMALL
+    columns, chosen = _of_validation(plan) or _of_search(plan)
     return [
-        Group(
-            title,
-            _means(columns, some),
-            [
-                (
-                    prompt,
-                    [
-                        _cell(column, columns[0], prompt, kept[column.title][prompt], is_small)
-                        for column in columns
-                    ],
-                )
-                for prompt in some
-            ],
-        )
-        for title, some in chosen.items()
-        if some
+        Group(title, note, _rows(plan, columns, prompts))
+        for title, note, prompts in chosen
+        if prompts and columns
     ]
 
 
-def _validation_columns(
-    plan: Plan,
-) -> tuple[dict[str, list[Prompt]], list[Column]] | None:
-    """Return what a finished search drew of the telling prompts; None if there is none."""
+# Title, note and prompts of each group.
+_Chosen = list[tuple[str, str, list[Prompt]]]
+
+
+def _of_validation(plan: Plan) -> tuple[list[_Column], _Chosen] | None:
+    """Choose what a search drew for its report; None if it did not come so far."""
     search = plan.search
     winner, dense = search.of("validation"), search.of("dense validation")
     if validated(plan) is None or winner is None or dense is None:
         return None
     gains = [a - b for a, b in zip(winner.rewards, dense.rewards, strict=True)]
     told = telling(gains, plan.config.report.pictures)
-    prompts = winner.prompts.prompts
-    titles = ("As they come", told.first), ("Gained most", told.gains), ("Lost most", told.losses)
-    alone, resized = search.of("pruned alone"), search.of("resized")
-    columns = [
-        Column.of("Dense", dense),
-        *([Column.of("Pruned alone (k = 1)", alone)] if alone else []),
-        Column.of(f"CR-Diff (k = {winner.candidate.poa_weight:g})", winner),
-    ]
-    if resized:
-        columns.append(Column.of(f"Dense at {resized.candidate.drawn_at}, resized", resized))
-    return {title: [prompts[n] for n in numbers] for title, numbers in titles}, columns
-
-
-def _search_columns(plan: Plan) -> tuple[dict[str, list[Prompt]], list[Column]]:
-    """Return what there is of a search that has validated nothing."""
-    dense, best = plan.search.of("dense"), next(iter(plan.search.candidates), None)
-    columns = [Column.of("Dense", dense)] if dense else []
-    columns += [Column.of("CR-Diff, best so far", best)] if best else []
-    prompts = plan.prompt_sets["search"].prompts[:NUM_KEPT]
-    return ({"The first search prompts": list(prompts)} if columns else {}), columns
-
-
-def _means(columns: Sequence[Column], prompts: Sequence[Prompt]) -> str:
-    parts = [
-        f"{column.title} {statistics.fmean(column.rewards[p] for p in prompts):.4f}"
-        for column in columns
-        if all(prompt in column.rewards for prompt in prompts)
-    ]
-    return f"Mean reward of these {len(prompts)}: {', '.join(parts)}."
-
-
-def _cell(
-    column: Column, dense: Column, prompt: Prompt, picture: bytes | None, is_small: bool
-) -> Cell:
-    reward, level = column.rewards.get(prompt), dense.rewards.get(prompt)
-    note = "" if reward is None else f"{reward:.4f}"
-    if reward is not None and level is not None and column is not dense:
-        note += f" ({reward - level:+.4f})"
-    failure = column.evaluation.failure
-    return Cell(
-        title=column.title,
-        alt=f"{column.title}: {prompt.text}",
-        uri=None if picture is None else picture_uri(picture),
-        missing=f"failed: {failure}" if failure else "not kept",
-        note=note,
-        is_small=is_small,
+    first, gained, lost = (
+        [winner.prompts.prompts[number] for number in numbers] for numbers in told
     )
+    alone, resized = search.of("pruned alone"), search.of("resized")
+    columns = [_Column("Dense", dense)]
+    columns += [_Column("Pruned alone", alone)] if alone else []
+    columns.append(_Column(f"CR-Diff, k = {winner.candidate.poa_weight:g}", winner))
+    if resized:
+        columns.append(_Column(f"Dense at {resized.candidate.drawn_at}, resized", resized))
+    others = f"of the other {len(gains) - len(first)} validation prompts"
+    return columns, [
+        ("As they come", f"The first validation prompts. {_means(columns, first)}", first),
+        ("Where it gained most", f"The largest gains {others}.", gained),
+        ("Where it lost most", f"The largest losses {others}.", lost),
+    ]
+
+
+def _of_search(plan: Plan) -> tuple[list[_Column], _Chosen]:
+    """Choose of a search that has validated nothing: the dense model and the best so far."""
+    dense, best = plan.search.of("dense"), next(iter(plan.search.candidates), None)
+    columns = [_Column("Dense", dense)] if dense else []
+    columns += [_Column("CR-Diff, best so far", best)] if best else []
+    prompts = list(plan.prompt_sets["search"].prompts[:NUM_KEPT])
+    return columns, [("As they come", "The first of the prompts that it searches with.", prompts)]
+
+
+def _means(columns: Sequence[_Column], prompts: Sequence[Prompt]) -> str:
+    means = [
+        f"{column.title} {statistics.fmean(column.rewards[prompt] for prompt in prompts):.4f}"
+        for column in columns
+        if prompts and column.rewards
+    ]
+    return f"Mean rewards of these {len(prompts)}: {'; '.join(means)}."
+
+
+def _rows(
+    plan: Plan, columns: Sequence[_Column], prompts: Sequence[Prompt]
+) -> list[tuple[Prompt, list[Cell]]]:
+    pictures = Pictures(plan.folder.parent / "pictures")
+    is_small = max(plan.recipe.height, plan.recipe.width) < _SMALL
+    by_column = []
+    for column in columns:
+        cells = []
+        # The dense one is not compared with itself.
+        level = {} if column is columns[0] else columns[0].rewards
+        kept = pictures.get(column.evaluation.key, prompts)
+        for prompt, picture in zip(prompts, kept, strict=True):
+            failure = column.evaluation.failure
+            cells.append(
+                Cell(
+                    title=column.title,
+                    alt=f"{column.title}: {prompt.text}",
+                    uri=None if picture is None else picture_uri(picture),
+                    missing=f"failed: {failure}" if failure else "not kept",
+                    note=_note(column.rewards.get(prompt), level.get(prompt)),
+                    is_small=is_small,
+                )
+            )
+        by_column.append(cells)
+    return [
+        (prompt, list(row))
+        for prompt, row in zip(prompts, zip(*by_column, strict=True), strict=True)
+    ]
+
+
+def _note(reward: float | None, dense: float | None) -> str:
+    if reward is None:
+        return ""
+    return f"{reward:.4f}" if dense is None else f"{reward:.4f} ({reward - dense:+.4f})"

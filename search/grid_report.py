@@ -15,15 +15,15 @@ from crdiff_core.errors import CRDiffError
 from crdiff_core.ratios import GROUPS, BlockRatios
 from search.comparison import Comparison
 from search.config import AnnealingSettings
-from search.export import RATIOS_FILE, load_plan, validated
+from search.export import load_plan, validated
 from search.logs import one_line
 from search.page import chart, render
-from search.plan import Plan, read_record, runs_in
+from search.plan import Plan
+from search.runs import RATIOS_FILE, REPORT_FILE, read_record, runs_in
 from search.storage import Storage
 
-REPORT_FILE, TABLE_FILE, MARKDOWN_FILE = "grid_report.html", "grid.json", "grid.md"
+GRID_FILE, TABLE_FILE, MARKDOWN_FILE = "grid_report.html", "grid.json", "grid.md"
 # Of a search, in its own folder.
-_SEARCH_REPORT = "report.html"
 _LONGEST_REASON = 500
 
 PAPER_NOTE = (
@@ -177,7 +177,7 @@ def row(plan: Plan, command: str = "", failure: str = "") -> Row:
             paper and isinstance(settings, AnnealingSettings) and settings.start_from_paper
         ),
         num_pictures=search.use.pictures,
-        has_report=_SEARCH_REPORT in plan.folder.files(),
+        has_report=REPORT_FILE in plan.folder.files(),
     )
 
 
@@ -255,8 +255,8 @@ def write_grid(output: Storage, rows: Sequence[Row], command: str) -> Storage:
     }
     output.write(TABLE_FILE, (json.dumps(raw, indent=2) + "\n").encode())
     output.write(MARKDOWN_FILE, _markdown(rows, command).encode())
-    output.write(REPORT_FILE, _html(rows, command))
-    return output / REPORT_FILE
+    output.write(GRID_FILE, _html(rows, command))
+    return output / GRID_FILE
 
 
 RATIOS_HEAD = ("Model", "Resolution", "r_down", "r_mid", "r_up", "k", "paper: down / mid / up")
@@ -370,7 +370,7 @@ def _html(rows: Sequence[Row], command: str) -> bytes:
         rewards_table=rewards_table(rows),
         notes=_notes(rows),
         command=command,
-        files={"search": _SEARCH_REPORT, "ratios": RATIOS_FILE, "table": TABLE_FILE},
+        files={"search": REPORT_FILE, "ratios": RATIOS_FILE, "table": TABLE_FILE},
     )
 
 

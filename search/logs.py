@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import IO
+from typing import IO, TextIO
 
 from search.storage import Storage, StorageError
 
@@ -23,7 +24,7 @@ _USUAL = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", 
 
 def to_console(is_verbose: bool) -> None:
     """Show warnings of ours on stderr; if verbose, everything of anybody."""
-    console = logging.StreamHandler()
+    console = _Console()
     console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     if not is_verbose:
         console.addFilter(lambda record: _is_ours(record) and record.levelno >= logging.WARNING)
@@ -75,6 +76,14 @@ def _is_ours(record: logging.LogRecord) -> bool:
 def _is_field(name: str) -> bool:
     # Ray adds one of its own to every record.
     return name not in _USUAL and not name.startswith("_")
+
+
+class _Console(logging.StreamHandler[TextIO]):
+    """Writes to what stderr is by now: a live view takes its place, so that lines go above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class _JSONLines(logging.Formatter):

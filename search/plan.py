@@ -25,11 +25,11 @@ from search.evaluation_search import EvaluationSearch
 from search.ledger import Ledger, Recipe
 from search.pictures import Pictures
 from search.racing import Race
+from search.runs import read_record
 from search.searchers import AnnealingSearch
 from search.space import Candidate, Space
 from search.storage import Storage
 
-RUN_FILE = "run.json"
 # Where a run's folder keeps its results under other settings.
 EARLIER = "earlier"
 # Annealing's evaluations ahead of its steps speed it up by about their number to this power:
@@ -120,21 +120,6 @@ def _native(config: Config, model: Model) -> str | None:
     except ModelError:
         return None
     return None if size == config.res else str(size)
-
-
-def read_record(folder: Storage) -> dict[str, Any]:
-    """Return what the sessions of the search in this folder recorded, as far as it is readable."""
-    try:
-        return dict(json.loads(folder.read(RUN_FILE) or b"{}"))
-    except (ValueError, TypeError, RecursionError):  # It was torn, or is not ours.
-        return {}
-
-
-def runs_in(output: Storage) -> list[Storage]:
-    """Return the folders of the searches under an output folder, or itself if it is one."""
-    if RUN_FILE in output.files():
-        return [output]
-    return [run for cell in output.folders() for run in cell.folders() if RUN_FILE in run.files()]
 
 
 def _recipe(config: Config, model: Model, reward: Reward) -> Recipe:

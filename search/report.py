@@ -24,15 +24,14 @@ from search import charts
 from search.comparison import Comparison
 from search.config import ConfigError
 from search.evaluations import Evaluation
-from search.export import PACKAGES, RATIOS_FILE, load_plan, source_of, validated
+from search.export import PACKAGES, load_plan, source_of, validated
 from search.gallery import groups
 from search.ledger import STAGES
 from search.page import chart, render
-from search.plan import RUN_FILE, Plan, read_record
+from search.plan import Plan
+from search.runs import RATIOS_FILE, REPORT_FILE, RUN_FILE, read_record
 from search.space import Space
 from search.storage import Storage
-
-REPORT_FILE = "report.html"
 
 # Fewer evaluations say nothing of which ratio matters.
 _ENOUGH = 10
@@ -125,8 +124,8 @@ def _verdict(plan: Plan, comparison: Comparison | None) -> Verdict:
         )
     return Verdict(
         *_HEADLINES[comparison.verdict],
-        f"On {comparison.num_prompts} fresh prompts, which nothing was chosen by, the mean reward "
-        f"of CR-Diff is {comparison.difference:+.4f} from that of the dense model, 95% interval "
+        f"On {comparison.num_prompts} fresh prompts, by which nothing was chosen, the mean reward "
+        f"of CR-Diff less that of the dense model is {comparison.difference:+.4f}, 95% interval "
         f"[{comparison.low:+.4f}, {comparison.high:+.4f}].",
     )
 
@@ -355,6 +354,7 @@ def _made_with(plan: Plan) -> list[tuple[str, str]]:
     """Return all that one needs to get the same again."""
     winner, recipe = plan.search.winner, plan.recipe
     source = [f"{name} {value}" for name, value in source_of(plan.model).items() if value]
+    source = source or ["embedded in crdiff_core"]
     rows = [
         ("Weights", ", ".join([*source, f"revision {recipe.revision}"])),
         (
@@ -388,7 +388,8 @@ import crdiff_core
 from crdiff_core.models import Model
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pipe = {plan.model!r}.load(device)  # or your own StableDiffusion(XL) pipeline of these weights
+# Or your own StableDiffusion(XL) pipeline of these weights.
+pipe = {plan.model!r}.load(device)
 crdiff_core.apply(pipe, {RATIOS_FILE!r})  # in place; crdiff_core.remove(pipe) undoes it
 image = pipe(
     {prompt!r},

@@ -208,6 +208,7 @@ def _summary(outcome: Outcome) -> list[str]:
         f"steps           {_steps(outcome)}",
         f"pictures        {drawn}",
         f"ratios file     {outcome.ratios_file}",
+        *([f"report          {outcome.report}"] if outcome.report is not None else []),
     ]
     if outcome.ended_by is not None:
         lines.insert(1, f"ended by        {outcome.ended_by}: run again with more to go on")
@@ -258,7 +259,8 @@ def _search(config: Config, console: Console) -> list[str]:
     from search.progress import Progress
 
     console.print(f"{config.model.name} at {config.res}, {config.searcher.name}: starting")
-    return _summary(run(config, _command(sys.argv[1:]), Progress(console)))
+    progress = Progress(console, gpu_hour_price=config.cluster.gpu_hour_price)
+    return _summary(run(config, _command(sys.argv[1:]), progress))
 
 
 def _estimate(config: Config) -> list[str]:
