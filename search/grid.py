@@ -57,12 +57,14 @@ class Cell:
     """One search of a grid.
 
     name:         MODEL_RES, and the search's own name too where the grid has several of these.
+    folder:       of its results, below the grid's output.
     command:      that runs it alone.
     is_finished:  whether the ledger has all of it.
     num_pictures: it had drawn when the grid began.
     """
 
     name: str
+    folder: str
     config: Config
     command: str
     is_finished: bool
@@ -92,7 +94,7 @@ def check(searches: Sequence[tuple[Config, str]]) -> list[Cell]:
                 f"{command}): leave one out, or give each an output in a grid of its own"
             )
         folders[folder] = command
-        found.append(Cell("", config, command, is_finished, plan.search.use.pictures))
+        found.append(Cell("", folder, config, command, is_finished, plan.search.use.pictures))
     names = name_cells(list(folders))
     return [replace(cell, name=name) for cell, name in zip(found, names, strict=True)]
 
@@ -138,9 +140,8 @@ def _row(cell: Cell, failure: str) -> Row:
     try:
         return row(Plan.make(cell.config), cell.command, failure)
     except CRDiffError as error:
-        # The folder's name is not to be had, as it comes from the plan.
         reason = failure or one_line(str(error))
-        return Row(cell.name, f"{cell.name}/?", "failed", reason, cell.command)
+        return Row(cell.name, cell.folder, "failed", reason, cell.command)
 
 
 @contextmanager
@@ -220,14 +221,20 @@ class _Session:
         """Run these; after a signal no more are begun, and those that run are told."""
         waiting = deque(enumerate(cells, 1))
         with _handled(self._stop):
-            while self._running or (waiting and self.stopped_by is None):
-                while waiting and self._shares and self.stopped_by is None:
-                    number, cell = waiting.popleft()
-                    self._say(f"cell {number} of {len(cells)}: {cell.name}")
-                    self._begin(cell)
-                for sentinel in wait(list(self._running), timeout=_LOOK_S):
-                    assert isinstance(sentinel, int)
-                    self._end(self._running.pop(sentinel))
+            try:
+                while self._running or (waiting and self.stopped_by is None):
+                    while waiting and self._shares and self.stopped_by is None:
+                        number, cell = waiting.popleft()
+                        self._say(f"cell {number} of {len(cells)}: {cell.name}")
+                        self._begin(cell)
+                    for sentinel in wait(list(self._running), timeout=_LOOK_S):
+                        assert isinstance(sentinel, int)
+                        self._end(self._running.pop(sentinel))
+            finally:
+                # None is left, unless something of ours has failed, such as a closed console.
+                self._stop_all(signal.SIGTERM)
+                for running in self._running.values():
+                    running.process.join()
 
     def _begin(self, cell: Cell) -> None:
         share = self._shares.pop(0)
@@ -269,6 +276,9 @@ class _Session:
 
     def _stop(self, number: int, _: FrameType | None) -> None:
         self.stopped_by = number
+        self._stop_all(number)
+
+    def _stop_all(self, number: int) -> None:
         for running in [*self._running.values()]:
             _tell(running, number)
 

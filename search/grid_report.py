@@ -23,7 +23,6 @@ from search.runs import RATIOS_FILE, REPORT_FILE, read_record, runs_in
 from search.storage import Storage
 
 GRID_FILE, TABLE_FILE, MARKDOWN_FILE = "grid_report.html", "grid.json", "grid.md"
-# Of a search, in its own folder.
 _LONGEST_REASON = 500
 
 PAPER_NOTE = (

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pyarrow.parquet as pq
 import pytest
 
 from search import grid
+from tests.integration.processes import stop
 
 TINY = (
     "budget.steps=2",
@@ -26,9 +28,11 @@ TINY = (
 )
 
 
-def start(output, environment, *arguments):
+@contextmanager
+def started(output, environment, *arguments):
+    """A grid that runs, and has ended by the end."""
     command = [sys.executable, "-m", "search.run", "-m", *TINY, f"output={output}", *arguments]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command,
         cwd="/",
         env=environment,
@@ -37,9 +41,14 @@ def start(output, environment, *arguments):
         text=True,
         start_new_session=True,
     )
+    with process:
+        try:
+            yield process
+        finally:
+            stop(process)
 
 
-def until(condition, process, timeout_s=120):
+def until(condition, process, timeout_s=280):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -60,11 +69,11 @@ def output(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ended(output, environment):
     """A grid of two cells, the first of which was killed as it began."""
-    process = start(output, environment, "res=24x24,24x32", "cluster.num_workers=1")
     lease = output / "shapes_24x24" / "annealing-seed0" / "driver.json"
-    until(lease.is_file, process)
-    os.kill(json.loads(lease.read_text())["process"], signal.SIGKILL)
-    printed, errors = process.communicate(timeout=200)
+    with started(output, environment, "res=24x24,24x32", "cluster.num_workers=1") as process:
+        until(lease.is_file, process)
+        os.kill(json.loads(lease.read_text())["process"], signal.SIGKILL)
+        printed, errors = process.communicate(timeout=200)
     return process.returncode, printed, errors
 
 
@@ -103,8 +112,8 @@ def test_the_command_of_a_cell_is_the_one_for_it_alone(ended, output):
 
 def test_what_is_finished_is_not_drawn_again(ended, output, environment):
     before = rows(output)
-    process = start(output, environment, "res=24x32", "cluster.num_workers=1")
-    printed, errors = process.communicate(timeout=200)
+    with started(output, environment, "res=24x32", "cluster.num_workers=1") as process:
+        printed, errors = process.communicate(timeout=200)
 
     assert process.returncode == 0, errors
     assert "pictures  none drawn: the ledger had all" in printed
@@ -124,13 +133,14 @@ def test_the_report_can_be_written_again(ended, output, environment, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_cells_and_the_same_command_goes_on(tmp_path, environment, number):
     arguments = ("res=24x24,24x32,24x40", "cluster.cells=2", "budget.steps=8")
-    process = start(tmp_path, environment, *arguments)
-    until(lambda: len({row["width"] for row in rows(tmp_path)}) == 2, process)
-    os.kill(process.pid, number)
-    printed, errors = process.communicate(timeout=120)
+    with started(tmp_path, environment, *arguments) as process:
+        until(lambda: len({row["width"] for row in rows(tmp_path)}) == 2, process)
+        os.kill(process.pid, number)
+        printed, errors = process.communicate(timeout=120)
     known = len(rows(tmp_path))
 
     assert process.returncode == 130, errors
@@ -138,8 +148,8 @@ def test_a_signal_ends_all_cells_and_the_same_command_goes_on(tmp_path, environm
     assert "Traceback" not in errors
     assert "cell 3 of 3" not in printed
 
-    again = start(tmp_path, environment, *arguments)
-    printed, errors = again.communicate(timeout=280)
+    with started(tmp_path, environment, *arguments) as again:
+        printed, errors = again.communicate(timeout=280)
     found = rows(tmp_path)
     keys = {(row["key"], row["prompt"], row["seed"]) for row in found}
     assert again.returncode == 0, errors

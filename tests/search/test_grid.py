@@ -13,8 +13,8 @@ from search.comparison import Comparison
 from search.config import ConfigError
 from search.grid import check, main, shared_out
 from search.grid_report import (
+    GRID_FILE,
     MARKDOWN_FILE,
-    REPORT_FILE,
     TABLE_FILE,
     Found,
     Paper,
@@ -203,7 +203,7 @@ def test_markdown_has_both_tables(written):
 
 
 def test_the_report_has_the_verdict_links_and_reasons(written):
-    page = read(written, REPORT_FILE)
+    page = read(written, GRID_FILE)
 
     assert '<a href="sdxl_480x360/annealing-seed0/report.html">sdxl_480x360</a>' in page
     assert page.index("1 better") < page.index("1 failed") < page.index("<table")
@@ -212,7 +212,7 @@ def test_the_report_has_the_verdict_links_and_reasons(written):
 
 
 def test_what_a_failure_says_is_text(written):
-    page, text = read(written, REPORT_FILE), read(written, MARKDOWN_FILE)
+    page, text = read(written, GRID_FILE), read(written, MARKDOWN_FILE)
 
     assert "<script>alert" not in page
     assert "res=&lt;b&gt;" in page
