@@ -16,13 +16,13 @@ from search.evaluations import Evaluation
 from search.space import Space
 
 # They differ for the colour-blind too, on light and on dark.
-_BETTER, _WORSE, _PLAIN = "#3987e5", "#e0703a", "#8d96a5"
+_BETTER, _WORSE, _WINNER, _PLAIN = "#3987e5", "#e0703a", "#d6246e", "#8d96a5"
 _SCALE = ["#6a51a3", "#2a9d8f", "#d19a00"]
 # Lines of one colour are one trace: a browser draws few traces of many lines quickly.
 _NUM_COLOURS = 12
 _STAR = {
     "symbol": "star",
-    "color": _WORSE,
+    "color": _WINNER,
     "size": 16,
     "line": {"color": "white", "width": 1},
 }
@@ -45,47 +45,55 @@ def gains(comparison: Comparison, differences: Sequence[tuple[str, float]]) -> F
             hovertemplate="%{y:+.4f}<br>%{customdata}<extra></extra>",
         )
     )
-    figure.add_hrect(comparison.low, comparison.high, fillcolor=_PLAIN, opacity=0.35, line_width=0)
+    figure.add_hrect(
+        comparison.low,
+        comparison.high,
+        fillcolor=_PLAIN,
+        opacity=0.35,
+        line_width=0,
+        layer="below",
+    )
     figure.add_hline(comparison.difference, line={"color": _PLAIN, "width": 2, "dash": "dash"})
     return _laid_out(figure, "prompts, sorted", "reward, CR-Diff - dense", bargap=0)
 
 
 def history(steps: Sequence[Step], dense: float | None) -> Figure:
     """Draw each step's reward, the best so far and the dense level; failures at the bottom."""
-    numbers = range(1, len(steps) + 1)
-    drawn = [(n, s) for n, s in zip(numbers, steps, strict=True) if s.evaluation.is_complete]
-    lost = [
-        (n, s.reward)
-        for n, s in zip(numbers, steps, strict=True)
-        if s.lost_race and s.reward is not None and not s.evaluation.is_complete
+    numbered = list(enumerate(steps, 1))
+    drawn = [
+        (n, s.evaluation) for n, s in numbered if s.evaluation.is_complete and not s.lost_race
     ]
-    failed = [n for n, s in zip(numbers, steps, strict=True) if s.evaluation.failure is not None]
-    errors = [s.evaluation.standard_error for _, s in drawn]
+    lost = [(n, s.reward) for n, s in numbered if s.lost_race and s.reward is not None]
+    failed = [n for n, s in numbered if s.evaluation.failure is not None]
+    errors = [evaluation.standard_error for _, evaluation in drawn]
     figure = Figure()
+    if dense is not None and steps:
+        figure.add_scatter(
+            x=[1, max(len(steps), 2)],
+            y=[dense, dense],
+            mode="lines",
+            line={"color": _WORSE, "width": 2, "dash": "dash"},
+            hovertemplate="dense: %{y:.4f}<extra></extra>",
+            name="dense",
+        )
     figure.add_scatter(
         x=[n for n, _ in drawn],
-        y=[s.evaluation.mean for _, s in drawn],
+        y=[evaluation.mean for _, evaluation in drawn],
         error_y={
             "array": [0.0 if math.isnan(error) else error for error in errors],
             "thickness": 1,
             "width": 0,
             "color": "rgba(141, 150, 165, 0.5)",
         },
-        customdata=[str(s.evaluation.ratios) for _, s in drawn],
+        customdata=[str(evaluation.ratios) for _, evaluation in drawn],
         hovertemplate="step %{x}: %{y:.4f}<br>%{customdata}<extra></extra>",
         mode="markers",
         marker={"color": _PLAIN, "size": 7},
         name="step, with standard error",
     )
-    # What lost its race cannot be the best, even where all its prompts were drawn.
-    in_race = [
-        -math.inf if s.lost_race or math.isnan(s.evaluation.mean) else s.evaluation.mean
-        for s in steps
-    ]
-    best = [None if math.isinf(value) else value for value in accumulate(in_race, max)]
     figure.add_scatter(
-        x=list(numbers),
-        y=best,
+        x=[n for n, _ in drawn],
+        y=list(accumulate((evaluation.mean for _, evaluation in drawn), max)),
         mode="lines",
         line={"shape": "hv", "color": _BETTER, "width": 2.5},
         hovertemplate="best of %{x}: %{y:.4f}<extra></extra>",
@@ -98,7 +106,7 @@ def history(steps: Sequence[Step], dense: float | None) -> Figure:
             mode="markers",
             marker={"symbol": "triangle-down-open", "color": _PLAIN, "size": 8},
             hovertemplate="step %{x}: lost its race, about %{y:.4f}<extra></extra>",
-            name="lost its race (estimate)",
+            name="lost its race",
         )
     levels = [value for value in (*(s.reward for s in steps), dense) if value is not None]
     if failed:
@@ -109,15 +117,6 @@ def history(steps: Sequence[Step], dense: float | None) -> Figure:
             marker={"symbol": "x", "color": _WORSE, "size": 9},
             hovertemplate="step %{x} failed<extra></extra>",
             name="failed",
-        )
-    if dense is not None and steps:
-        figure.add_scatter(
-            x=[1, max(len(steps), 2)],
-            y=[dense, dense],
-            mode="lines",
-            line={"color": _WORSE, "width": 2, "dash": "dash"},
-            hovertemplate="dense: %{y:.4f}<extra></extra>",
-            name="dense",
         )
     return _laid_out(figure, "step", "mean reward on the search prompts", height=430)
 
@@ -190,7 +189,7 @@ def _line(
 def parallel(space: Space, evaluations: Sequence[Evaluation], winner: Evaluation | None) -> Figure:
     """Draw each complete evaluation as a line through its dimensions to its reward.
 
-    Every axis goes from the least to the most; the higher the reward, the brighter the line.
+    Every axis goes from the least to the most; the reward is the colour too.
     """
     complete = sorted((e for e in evaluations if e.is_complete), key=lambda e: e.mean)
     low, high = complete[0].mean, complete[-1].mean
@@ -207,7 +206,7 @@ def parallel(space: Space, evaluations: Sequence[Evaluation], winner: Evaluation
         for number, group in sorted(groups.items())
     ]
     if winner is not None:
-        lines.append(([winner], {"color": _WORSE, "width": 4}))
+        lines.append(([winner], {"color": _WINNER, "width": 4}))
     for group, line in lines:
         x: list[str | None] = []
         y: list[float | None] = []

@@ -84,7 +84,7 @@ def _of_validation(plan: Plan) -> tuple[list[_Column], _Chosen] | None:
     alone, resized = search.of("pruned alone"), search.of("resized")
     columns = [_Column("Dense", dense)]
     columns += [_Column("Pruned alone", alone)] if alone else []
-    columns.append(_Column(f"CR-Diff, k = {winner.candidate.poa_weight:g}", winner))
+    columns.append(_Column(f"CR-Diff, k = {winner.candidate.poa_weight:.4g}", winner))
     if resized:
         columns.append(_Column(f"Dense at {resized.candidate.drawn_at}, resized", resized))
     others = f"of the other {len(gains) - len(first)} validation prompts"

@@ -21,7 +21,7 @@ from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from crdiff_core.errors import CRDiffError
 from crdiff_core.prompts import Prompt
 from search import charts
-from search.comparison import Comparison
+from search.comparison import Comparison, telling
 from search.config import ConfigError
 from search.evaluations import Evaluation
 from search.export import PACKAGES, load_plan, source_of, validated
@@ -125,7 +125,7 @@ def _verdict(plan: Plan, comparison: Comparison | None) -> Verdict:
     return Verdict(
         *_HEADLINES[comparison.verdict],
         f"On {comparison.num_prompts} fresh prompts, by which nothing was chosen, the mean reward "
-        f"of CR-Diff less that of the dense model is {comparison.difference:+.4f}, 95% interval "
+        f"of CR-Diff minus that of the dense model is {comparison.difference:+.4f}, 95% interval "
         f"[{comparison.low:+.4f}, {comparison.high:+.4f}].",
     )
 
@@ -135,9 +135,11 @@ def _found(plan: Plan) -> list[tuple[str, str]]:
     best = winner or next(iter(plan.search.candidates), None)
     found = []
     if best is not None:
-        weight = f", amplified by k = {best.candidate.poa_weight:g}"
+        weight = f", amplified by k = {best.candidate.poa_weight:.4g}"
         name = "Best ratios" if winner else "Best so far"
         found.append((name, f"{best.ratios} (down / mid / up){weight}"))
+    if resizing := _resizing(plan):
+        found.append(("Resizing instead", resizing))
     return [
         *found,
         ("Model", f"{plan.model.name}, {plan.recipe.dtype}"),
@@ -145,6 +147,19 @@ def _found(plan: Plan) -> list[tuple[str, str]]:
         ("Reward", plan.recipe.reward),
         ("Searcher", f"{config.searcher.name}, seed {config.seed}"),
     ]
+
+
+def _resizing(plan: Plan) -> str | None:
+    """Say what the dense model has at its native size, resized, where nothing was chosen."""
+    resized, winner = plan.search.of("resized"), plan.search.of("validation")
+    if resized is None or winner is None or not (resized.is_complete and winner.is_complete):
+        return None
+    num_first = len(telling(winner.rewards, plan.config.report.pictures).first)
+    means = [statistics.fmean(each.rewards[:num_first]) for each in (resized, winner)]
+    return (
+        f"drawn at {resized.candidate.drawn_at} and resized, the dense model has {means[0]:.4f} "
+        f"on the first {num_first} validation prompts, where CR-Diff has {means[1]:.4f}"
+    )
 
 
 def _scores(plan: Plan, comparison: Comparison | None) -> list[tuple[str, float, float]]:
@@ -390,7 +405,8 @@ from crdiff_core.models import Model
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Or your own StableDiffusion(XL) pipeline of these weights.
 pipe = {plan.model!r}.load(device)
-crdiff_core.apply(pipe, {RATIOS_FILE!r})  # in place; crdiff_core.remove(pipe) undoes it
+# In place; crdiff_core.remove(pipe) undoes it.
+crdiff_core.apply(pipe, {RATIOS_FILE!r})
 image = pipe(
     {prompt!r},
     height={recipe.height}, width={recipe.width},

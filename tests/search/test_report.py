@@ -102,7 +102,7 @@ def test_the_verdict_comes_first_with_its_interval(found):
         '<h1 class="better">Better: CR-Diff with these ratios beats the dense model</h1>' in page
     )
     assert (
-        f"On 9 fresh prompts, by which nothing was chosen, the mean reward of CR-Diff less "
+        f"On 9 fresh prompts, by which nothing was chosen, the mean reward of CR-Diff minus "
         f"that of the dense model is {comparison.difference:+.4f}, 95% interval "
         f"[{comparison.low:+.4f}, {comparison.high:+.4f}]." in words
     )
@@ -181,7 +181,7 @@ def test_wins_and_losses_are_counted(tmp_path):
 def test_history_shows_steps_best_so_far_and_dense(found):
     plan, page = found
     history = next(each for each in charts_of(page) if "step" in json.dumps(each["layout"]))
-    steps, best, dense = history["data"]
+    dense, steps, best = history["data"]
     means = [step.evaluation.mean for step in plan.search.steps]
 
     assert steps["y"] == pytest.approx(means)
