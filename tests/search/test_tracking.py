@@ -6,6 +6,7 @@ import time
 
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 
 from search.racing import Race
 from search.tracking import EVALUATION_TAG, RUN_TAG, Experiment, Tracker
@@ -261,3 +262,48 @@ def test_the_dashboard_command_opens_this_database(experiment, search):
     command = track(experiment, search).dashboard_command
 
     assert command == f"mlflow ui --backend-store-uri {experiment.uri} --port 5000"
+
+
+def show(experiment, draw):
+    """Write a search's pictures of two steps; what MLflow then has, by name and place."""
+    tracker = Tracker(experiment, "key0", "name", PARAMS, {})
+    for step in (0, 3):
+        tracker.picture(step, draw)
+    tracker.finish("FINISHED", {"difference": 0.1}, {}, dict, patience_s=60)
+    client, (parent,), _ = runs(experiment)
+    files = client.list_artifacts(parent.info.run_id, "images")
+    return tracker, parent, sorted(file.path for file in files)
+
+
+def drawn():
+    return Image.new("RGB", (640, 320), "teal")
+
+
+def test_a_picture_is_there_once_with_its_preview_however_often_it_is_told(experiment, tmp_path):
+    _, parent, before = show(experiment, drawn)
+    steps = sorted(int(path.split("+")[2]) for path in before)
+    whole = [path for path in before if path.endswith(".png")]
+    preview = whole[0].removesuffix(".png") + "+compressed.webp"
+    place = tmp_path / "artifacts" / parent.info.run_id / "artifacts"
+    (place / preview).unlink()  # As a driver leaves it that is killed between the two.
+    _, again, after = show(experiment, drawn)
+
+    assert steps == [0, 0, 3, 3]
+    assert after == before
+    assert again.data.tags["mlflow.loggedImages"] == "True"
+
+
+def test_a_picture_that_mlflow_does_not_take_holds_nothing_else_up(experiment, tmp_path):
+    (tmp_path / "artifacts").write_text("no folder")
+    tracker, parent, files = show(experiment, drawn)
+
+    assert files == []
+    assert tracker.error is not None
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["difference"] == 0.1
+
+
+def test_a_picture_that_is_not_kept_is_none(experiment):
+    tracker, _, files = show(experiment, lambda: None)
+
+    assert (tracker.error, files) == (None, [])
