@@ -6,18 +6,26 @@ import argparse
 import math
 import os
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from crdiff_core.errors import CRDiffError, PromptError, RatiosError
-from crdiff_core.models import EMBEDDED, Model
+from crdiff_core import commands, sheet
+from crdiff_core.commands import UsageError
+from crdiff_core.errors import PromptError, RatiosError
+from crdiff_core.models import Model
 from crdiff_core.prompts import Prompt, noise_seed, read_texts
-from crdiff_core.ratios import DEFAULT_POA_WEIGHT, GROUPS, BlockRatios, RatiosFile, Resolution
+from crdiff_core.ratios import (
+    DEFAULT_POA_WEIGHT,
+    BlockRatios,
+    RatiosFile,
+    Resolution,
+    check_poa_weight,
+)
+from crdiff_core.sheet import Row, legible_zoom
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,14 +34,7 @@ if TYPE_CHECKING:
 DEFAULT_STEPS = 30
 DEFAULT_GUIDANCE = 7.5
 
-GAP = 8
-"""Pixels between pictures and around them."""
-
 _BATCH = 4
-# Pictures with a shorter side than this are enlarged unless --zoom is given.
-_LEGIBLE = 192
-_FONT_SIZE = 14
-_LINE = 18
 
 
 @dataclass(frozen=True)
@@ -91,37 +92,12 @@ def draw(drawing: Drawing) -> tuple[Tensor, Tensor]:
 
 def arrange(drawing: Drawing, dense: Tensor, pruned: Tensor) -> Image.Image:
     """Put the two columns into one labelled picture, nearest-neighbour enlarged."""
-    height, width = (size * drawing.zoom for size in dense.shape[-2:])
-    font = ImageFont.load_default(_FONT_SIZE)
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     titles = ["dense", f"CR-Diff {drawing.ratios}, k = {drawing.poa_weight:g}"]
-    if measure.textlength(titles[1], font) > width:
-        titles[1] = "CR-Diff"
-    captions = [
-        _wrap(prompt.text, lambda text: measure.textlength(text, font) <= 2 * width + GAP)
-        for prompt in drawing.prompts
+    rows = [
+        Row(prompt.text, [_picture(image) for image in pair])
+        for prompt, *pair in zip(drawing.prompts, dense, pruned, strict=True)
     ]
-    lines = sum(len(caption) for caption in captions)
-    rows = len(captions)
-    sheet = Image.new(
-        "RGB",
-        (2 * width + 3 * GAP, GAP + _LINE * (1 + lines) + rows * (height + 2 * GAP)),
-        "white",
-    )
-    pen = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        pen.text((GAP + column * (width + GAP), GAP), title, "black", font)
-    top = GAP + _LINE
-    for caption, *pair in zip(captions, dense, pruned, strict=True):
-        top += GAP
-        for line in caption:
-            pen.text((GAP, top), line, "dimgray", font)
-            top += _LINE
-        for column, image in enumerate(pair):
-            picture = _picture(image).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (GAP + column * (width + GAP), top))
-        top += height + GAP
-    return sheet
+    return sheet.arrange(rows, drawing.zoom, titles)
 
 
 def _picture(image: Tensor) -> Image.Image:
@@ -129,45 +105,16 @@ def _picture(image: Tensor) -> Image.Image:
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
-def _wrap(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """Break a text between words into lines that fit, one word at least in each."""
-    lines: list[str] = []
-    for word in text.split():
-        if lines and fits(f"{lines[-1]} {word}"):
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
-
-
 # --- the command line ------------------------------------------------------------------------
 
 
-class _UsageError(CRDiffError, ValueError):
-    """An option is missing or wrong."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        # argparse would print its usage, many lines, above the message.
-        raise _UsageError(f"{message} (--help lists the options)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = commands.Parser(
         prog="python -m crdiff_core.generate",
         description="Draw prompts with the dense model and with CR-Diff, from the same noise.",
     )
+    parser.add_ratios_and_model()
     add = parser.add_argument
-    add(
-        "--model",
-        metavar="MODEL",
-        help="shapes, a diffusers folder, a .safetensors checkpoint or a hub id in the local "
-        "cache; default: that of the ratios file",
-    )
-    add("--ratios", type=Path, metavar="JSON", help="an exported best_ratios.json, or:")
-    for group in GROUPS:
-        add(f"--{group}", type=float, metavar="R", help=f"the ratio of the {group} blocks")
     add("--poa-weight", type=float, metavar="K", help="default: the file's, else 1.5")
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     add("--prompts-file", type=Path, metavar="FILE", help=".txt (one a line), .csv or .parquet")
@@ -182,25 +129,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _drawing(options: argparse.Namespace) -> Drawing:
     """Check the options. Raises CRDiffError for whatever would fail later."""
-    by_hand = {group: getattr(options, group) for group in GROUPS}
-    file = None
-    if options.ratios is not None:
-        if any(ratio is not None for ratio in by_hand.values()):
-            raise _UsageError("--ratios and --down/--mid/--up: give either the file or the three")
-        file = RatiosFile.read(options.ratios)
-        ratios, resolution = file.ratios, file.resolution
-        poa_weight = DEFAULT_POA_WEIGHT if file.poa_weight is None else file.poa_weight
-    else:
-        missing = [f"--{group}" for group, ratio in by_hand.items() if ratio is None]
-        if missing:
-            raise _UsageError(f"no {' '.join(missing)}: give --ratios FILE, or all three ratios")
-        ratios, resolution = BlockRatios(**by_hand), None
-        poa_weight = DEFAULT_POA_WEIGHT
+    ratios, file = commands.chosen_ratios(options)
+    resolution = file.resolution if file else None
     if options.res is not None:
         resolution = Resolution.parse(options.res)
     if resolution is None:
-        raise _UsageError("no resolution: give --res HEIGHTxWIDTH, or --ratios with a file")
-    num_steps, guidance_scale, dtype, told_size = _recipe(options, file)
+        raise UsageError("no resolution: give --res HEIGHTxWIDTH, or --ratios with a file")
+    num_steps, guidance_scale, told_size = _recipe(options, file)
     for name, value, least in (
         ("--steps", num_steps, 1),
         ("--guidance", guidance_scale, 0),
@@ -208,35 +143,31 @@ def _drawing(options: argparse.Namespace) -> Drawing:
         ("--zoom", options.zoom, 1),
     ):
         if value is not None and not least <= value < math.inf:
-            raise _UsageError(f"{name} {value}: give at least {least}, and a finite number")
+            raise UsageError(f"{name} {value}: give at least {least}, and a finite number")
+    poa_weight = file.poa_weight if file else None
     if options.poa_weight is not None:
-        poa_weight = options.poa_weight
-    if not math.isfinite(poa_weight):
-        raise _UsageError(f"--poa-weight {poa_weight}: give a finite number, such as 1.5")
-    model = _model(options.model, dtype, file)
-    model.check()
+        poa_weight = check_poa_weight(options.poa_weight)
+    model = commands.chosen_model(options.model, None, file)
     model.check_resolution(resolution)
-    _check_made_for(file, model)
     return Drawing(
         model,
         ratios,
         options.ratios,
-        poa_weight,
+        DEFAULT_POA_WEIGHT if poa_weight is None else poa_weight,
         resolution,
         num_steps,
         guidance_scale,
         told_size if model.is_size_conditioned else None,
         _prompts(options),
-        options.zoom or max(1, round(_LEGIBLE / min(resolution.height, resolution.width))),
+        options.zoom or legible_zoom(resolution.height, resolution.width),
     )
 
 
 def _recipe(
     options: argparse.Namespace, file: RatiosFile | None
-) -> tuple[int, float, str, Resolution | None]:
-    """Return steps, guidance, dtype, SDXL's size: the options', else the search's, else ours."""
-    recipe = file.provenance.get("recipe") if file else None
-    known = recipe if isinstance(recipe, dict) else {}
+) -> tuple[int, float, Resolution | None]:
+    """Return steps, guidance, SDXL's size: the options', else the search's, else ours."""
+    known = commands.recipe_of(file)
     told_size = str(known.get("size_conditioning", "requested"))
     try:
         return (
@@ -244,39 +175,12 @@ def _recipe(
             float(known.get("guidance_scale", DEFAULT_GUIDANCE))
             if options.guidance is None
             else options.guidance,
-            str(known.get("dtype", "float32")),
             None if told_size == "requested" else Resolution.parse(told_size),
         )
     except (TypeError, ValueError, OverflowError) as error:
         raise RatiosError(
             f"{options.ratios}: provenance.recipe is broken ({error}): give --steps and --guidance"
         ) from error
-
-
-def _check_made_for(file: RatiosFile | None, model: Model) -> None:
-    # `apply` says so too, but only once the model is loaded.
-    searched = file.provenance.get("num_prunable") if file else None
-    if searched is not None and searched != model.num_prunable():
-        assert file is not None
-        raise RatiosError(
-            f"these ratios are of {file.model}, whose groups have {searched} prunable weights, "
-            f"and those of {model.folder} have {model.num_prunable()}: search this model, or give "
-            "the ratios by --down, --mid and --up"
-        )
-
-
-def _model(source: str | None, dtype: str, file: RatiosFile | None) -> Model:
-    found = file.provenance.get("source") if file else None
-    known = found if isinstance(found, dict) else {}
-    hub_id, revision = str(known.get("hub_id", "")), str(known.get("hub_revision", "main"))
-    if source is None and file is not None and "file" not in known:
-        source = hub_id or (file.model if file.model in EMBEDDED else None)
-    if source is None:
-        raise _UsageError(
-            "no --model, and no ratios file that names one on the hub: give shapes, a folder, a "
-            ".safetensors checkpoint or a hub id (OWNER/NAME)"
-        )
-    return Model.find(source, dtype, hub_id, revision)
 
 
 def _prompts(options: argparse.Namespace) -> tuple[Prompt, ...]:
@@ -292,34 +196,22 @@ def _prompts(options: argparse.Namespace) -> tuple[Prompt, ...]:
 
 def _check_writable(out: Path) -> None:
     if out.suffix.lower() not in Image.registered_extensions():
-        raise _UsageError(f"--out {out}: not the name of a picture: end it with .png")
+        raise UsageError(f"--out {out}: not the name of a picture: end it with .png")
     if not os.access(out.parent, os.W_OK):
-        raise _UsageError(f"--out {out}: {out.parent} is not a folder you may write to")
+        raise UsageError(f"--out {out}: {out.parent} is not a folder you may write to")
 
 
-def _say(message: Warning | str, *_: Any) -> None:
-    """Show a warning in one line, without the code that gave it."""
-    print(f"warning: {message}", file=sys.stderr)
+def _generate(arguments: Sequence[str] | None) -> None:
+    options = _parser().parse_args(arguments)
+    _check_writable(options.out)
+    drawing = _drawing(options)
+    arrange(drawing, *draw(drawing)).save(options.out)
+    print(options.out)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw what the command line asks for; return the exit code."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    try:
-        options = _parser().parse_args(arguments)
-        _check_writable(options.out)
-        drawing = _drawing(options)
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(
-                f"warning: {message}", file=sys.stderr
-            )
-            arrange(drawing, *draw(drawing)).save(options.out)
-    except (CRDiffError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(options.out)
-    return 0
+    return commands.run(_generate, arguments)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ _FAMILY_CLASSES = {
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 # In old files; diffusers and transformers make the one themselves and need no other.
 _NOT_LOADED = ("position_ids", "logit_scale")
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Model:
             return cls(source, dtype=dtype)
         path = _expanded(source)
         is_file = path.suffix in {".safetensors", *_PICKLES}
-        if not os.path.exists(path) and not is_file and _HUB_ID.fullmatch(source):
+        if not os.path.exists(path) and not is_file and HUB_ID.fullmatch(source):
             return cls(path.name, "", dtype, source, hub_revision if source == hub_id else "main")
         return cls(
             path.stem if is_file else path.absolute().name, source, dtype, hub_id, hub_revision

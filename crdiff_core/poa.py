@@ -1,12 +1,11 @@
-"""Pruned output amplification (POA), and apply / remove for any loaded pipeline."""
+"""Pruned output amplification (POA), and apply, applied and remove for any loaded pipeline."""
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from reprlib import repr as shown
 from typing import Any
 
@@ -22,6 +21,7 @@ from crdiff_core.ratios import (
     FAMILY_OF_TEXT_WIDTH,
     BlockRatios,
     RatiosFile,
+    check_poa_weight,
 )
 
 
@@ -142,7 +142,7 @@ def apply(
 
     pipe:       any diffusers pipeline with a UNet2DConditionModel (StableDiffusion, SDXL, ...).
     ratios:     BlockRatios, or the path of an exported best_ratios.json.
-    poa_weight: k of equation 2; by default the file's, else 1.5.
+    poa_weight: k of equation 2, in [0, 10]; by default the file's, else 1.5.
     Returns the pipeline. Raises ModelError if it has no such UNet, RatiosError if the file is
     broken or was made for another model, PruningError if the UNet cannot be pruned. Drawing at
     another resolution than the file's gives one UserWarning.
@@ -164,8 +164,7 @@ def apply(
         poa_weight = file.poa_weight if poa_weight is None else poa_weight
     if poa_weight is None:
         poa_weight = DEFAULT_POA_WEIGHT
-    if not math.isfinite(poa_weight):
-        raise RatiosError(f"poa_weight {poa_weight} is not a finite number: the paper's is 1.5")
+    check_poa_weight(poa_weight)
     if isinstance(unet, POADenoiser):
         unet.configure(ratios, poa_weight)
     else:
@@ -184,6 +183,42 @@ def remove(pipe: Any) -> Any:
     return pipe
 
 
+@contextmanager
+def applied(
+    pipe: Any,
+    ratios: BlockRatios | str | os.PathLike[str],
+    poa_weight: float | None = None,
+) -> Iterator[Any]:
+    """`apply` for a `with` block, which yields the pipeline and leaves it as it was before.
+
+    Also if an exception ends the block. Where CR-Diff was applied before, its ratios come back.
+    """
+    unet = getattr(pipe, "unet", None)
+    before = None
+    if isinstance(unet, POADenoiser):
+        before = (unet.ratios, unet.poa_weight, unet.expected_latents)
+    apply(pipe, ratios, poa_weight)
+    try:
+        yield pipe
+    finally:
+        if before is None:
+            remove(pipe)
+        else:
+            own_ratios, own_weight, expected_latents = before
+            apply(pipe, own_ratios, own_weight).unet.expected_latents = expected_latents
+
+
+def bake(pipe: Any, ratios: BlockRatios | str | os.PathLike[str]) -> Any:
+    """Prune a loaded pipeline's own UNet, in place and for good, and return the pipeline.
+
+    It draws, bit for bit, what `apply` with poa_weight=1 draws, with one UNet in memory and
+    nothing of ours in it: POA, which needs the dense one too, is no longer to be had.
+    Raises what `apply` does. Source: CR-Diff (arXiv:2604.05524), section 3.3.
+    """
+    apply(pipe, ratios, poa_weight=1.0).unet.replica.keep_pruned()
+    return remove(pipe)
+
+
 def _check_made_for(file: RatiosFile, unet: Any) -> None:
     remedy = "search this model, or pass BlockRatios to use these ratios all the same"
     searched = file.provenance.get("num_prunable")
@@ -194,10 +229,10 @@ def _check_made_for(file: RatiosFile, unet: Any) -> None:
             f"weights, and this UNet's have {found}: {remedy}"
         )
     # The reference's files have no counts, and SD1.5's and SD2.1's are equal.
-    name = re.sub(r"[^a-z0-9]", "", file.model.lower())
     width = unet.config.cross_attention_dim
     family = FAMILY_OF_TEXT_WIDTH.get(width) if isinstance(width, int) else None
-    if name in FAMILY_OF_TEXT_WIDTH.values() and family != name and (family or searched is None):
+    is_papers = file.model in FAMILY_OF_TEXT_WIDTH.values()
+    if is_papers and family != file.model and (family or searched is None):
         raise RatiosError(
             f"these ratios are of {file.model}, and this UNet attends to text of {width} "
             f"channels, as {family or 'no model of the paper'} does: {remedy}"

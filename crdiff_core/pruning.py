@@ -180,6 +180,12 @@ class PrunedReplica:
         for group in self.groups.values():
             group.pack()
 
+    @torch.no_grad()
+    def keep_pruned(self) -> None:
+        """Write the pruned weights into the dense UNet, whose own are then lost."""
+        for group in self.groups.values():
+            group.dense.copy_(group.pruned)
+
     def release(self) -> None:
         """Let go of the buffers; the dense UNet keeps the same bits in weights of its own."""
         for group in self.groups.values():

@@ -37,6 +37,22 @@ FAMILY_OF_TEXT_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
 DEFAULT_POA_WEIGHT = 1.5
 """k of equation 2; the paper's choice (section 4.5, table 5)."""
 
+HIGHEST_POA_WEIGHT = 10.0
+"""Ample: at 2.5 pictures are spoilt already (paper, table 5)."""
+
+# The reference's scripts know the paper's models by these names, and load no others.
+_REFERENCE_NAMES = {"sd15": "sd1.5", "sd21": "sd2.1"}
+
+
+def check_poa_weight(value: float) -> float:
+    """Return k of equation 2. Raises RatiosError unless it is in [0, 10]; NaN is not."""
+    if not 0 <= value <= HIGHEST_POA_WEIGHT:
+        raise RatiosError(
+            f"poa_weight {shown(value)} is outside [0, {HIGHEST_POA_WEIGHT:g}]: give 1 for the "
+            "pruned model alone, 1.5 as the paper does, or about that"
+        )
+    return float(value)
+
 
 @dataclass(frozen=True)
 class BlockRatios:
@@ -113,11 +129,13 @@ class Resolution:
 class RatiosFile:
     """What an exported file of best ratios says.
 
-    model:          the model's name, such as `sdxl`.
+    model:          the model's name, such as `sdxl`; the paper's are sdxl, sd15 and sd21, however
+                    a file spells them.
     resolution:     the one that the ratios were searched at.
     score:          mean reward that the search found for them.
     ratios:         the best ratios.
-    poa_weight:     k of equation 2 that they were searched with; None in the reference's files.
+    poa_weight:     k of equation 2 that they were searched with, in [0, 10]; None in the
+                    reference's files.
     provenance:     how they were found; empty in the reference's files.
     """
 
@@ -159,11 +177,11 @@ class RatiosFile:
         height, width = config.get("height"), config.get("width")
         poa_weight = raw.get("poa_weight")
         score = raw.get("best_avg_score")
-        if poa_weight is not None and not _is_number(poa_weight):
+        if poa_weight is not None and not is_number(poa_weight):
             raise RatiosError(
                 f"poa_weight {shown(poa_weight)} is not a number: the paper's is 1.5"
             )
-        if not isinstance(score, int | float) or not _is_number(score):
+        if not isinstance(score, int | float) or not is_number(score):
             raise RatiosError(
                 f"best_avg_score {shown(score)} is not a number: export the file again"
             )
@@ -181,11 +199,11 @@ class RatiosFile:
         except ValueError as error:  # Python reads NaN and infinity, which JSON has not.
             raise RatiosError(f"provenance: {error}: export the file again") from error
         return cls(
-            model=name,
+            model=_own_name(name),
             resolution=Resolution.parse(f"{height}x{width}"),
             score=score,
             ratios=BlockRatios(**{group: params[f"{group}_ratio"] for group in GROUPS}),
-            poa_weight=None if poa_weight is None else float(poa_weight),
+            poa_weight=None if poa_weight is None else check_poa_weight(poa_weight),
             provenance=provenance,
         )
 
@@ -193,7 +211,7 @@ class RatiosFile:
         """Return the file's text; the reference's scripts read it too (their keys first)."""
         raw = {
             "model_config": {
-                "name": self.model,
+                "name": _REFERENCE_NAMES.get(self.model, self.model),
                 "width": self.resolution.width,
                 "height": self.resolution.height,
             },
@@ -220,11 +238,22 @@ class RatiosFile:
 def _mapping(raw: object, key: str) -> Mapping[str, Any]:
     value = raw.get(key) if isinstance(raw, dict) else None
     if not isinstance(value, dict):
-        raise RatiosError(f"{key} is missing or not an object: export the file again")
+        raise RatiosError(
+            f"{key} is missing or not an object: a ratios file has model_config (name, width, "
+            "height), best_avg_score and best_global_params_ratio (down_ratio, mid_ratio, "
+            "up_ratio); give mere ratios by --down, --mid and --up, or as BlockRatios"
+        )
     return value
 
 
-def _is_number(value: object) -> bool:
+def _own_name(name: str) -> str:
+    """Return what we call one of the paper's models; other names as they are."""
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    return plain if plain in FAMILY_OF_TEXT_WIDTH.values() else name
+
+
+def is_number(value: object) -> bool:
+    """Whether a value read from JSON is a number that a float can hold."""
     # The bound keeps NaN, infinities and integers too large for a float out.
     return (
         isinstance(value, int | float)

@@ -21,7 +21,7 @@ from pydantic import model_validator as check
 
 from crdiff_core.errors import CRDiffError
 from crdiff_core.models import Model
-from crdiff_core.ratios import Resolution
+from crdiff_core.ratios import HIGHEST_POA_WEIGHT, Resolution
 
 NO_SUCH_SETTING = (
     "there is no such setting (python -m search.run --help lists them; each searcher, model and "
@@ -57,6 +57,7 @@ Size = Annotated[
 ]
 Interval = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 Triple = tuple[float, float, float]
+PoaWeight = Annotated[float, Field(ge=0, le=HIGHEST_POA_WEIGHT)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -72,7 +73,7 @@ class Bounds(Settings):
 class SpaceSettings(Settings):
     """What both spaces have; a poa_weight of [low, high] is searched too."""
 
-    poa_weight: tuple[float, float] | None
+    poa_weight: tuple[PoaWeight, PoaWeight] | None
 
     @property
     def bounds(self) -> dict[str, tuple[float, float]]:
@@ -117,7 +118,8 @@ def _name(value: str) -> str:
 class ModelSettings(Settings):
     """conf/model: what is drawn with, and its own defaults.
 
-    paper_ratios: (down, mid, up) of the paper's table 6, by HEIGHTxWIDTH.
+    paper_ratios:       (down, mid, up) of the paper's table 6, by HEIGHTxWIDTH.
+    paper_image_reward: of dense, pruned alone and CR-Diff (tables 1, 2, 7); none in earlier runs.
     """
 
     name: Annotated[str, AfterValidator(_name)]
@@ -132,6 +134,7 @@ class ModelSettings(Settings):
     search_steps: Count
     bounds: Bounds
     paper_ratios: dict[str, Triple]
+    paper_image_reward: dict[str, Triple] = {}
 
     def model(self) -> Model:
         """The model itself."""
@@ -244,7 +247,7 @@ class PromptSettings(Settings):
 
 
 class ClusterSettings(Settings):
-    """conf/cluster: where trials run, and what one takes."""
+    """conf/cluster: where trials run, and what one takes; earlier versions had no grid's cells."""
 
     name: str
     address: str
@@ -252,6 +255,7 @@ class ClusterSettings(Settings):
     cpus_per_trial: Count
     gpus_per_trial: Annotated[float, Field(gt=0)]
     num_workers: Count | None
+    cells: Count | None = None
     gpu_hour_price: Annotated[float, Field(ge=0)] | None
 
 
@@ -336,7 +340,7 @@ class Config(Settings):
     trial: TrialSettings
     res: Size
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    poa_weight: float
+    poa_weight: PoaWeight
     output: Annotated[str, Field(min_length=1)]
     dry_run: bool
 

@@ -17,7 +17,7 @@ from datetime import datetime
 from crdiff_core.errors import CRDiffError
 from search.cluster import connect, num_workers, start_at_once
 from search.comparison import Comparison
-from search.config import Config, ConfigError
+from search.config import ClusterSettings, Config, ConfigError
 from search.deadline import Deadline
 from search.evaluation_search import EvaluationSearch
 from search.evaluations import Evaluation
@@ -26,7 +26,7 @@ from search.lease import Lease
 from search.logs import to_file
 from search.plan import EARLIER, Plan, reward_options
 from search.progress import Progress
-from search.runs import RATIOS_FILE, RUN_FILE, read_record
+from search.runs import RATIOS_FILE, REPORT_FILE, RUN_FILE, read_record
 from search.storage import Storage, StorageError
 from search.sync import TrackedSearch
 from search.tracking import Status, Tracker
@@ -43,7 +43,8 @@ class SearchFailedError(CRDiffError):
 class Outcome:
     """What a finished search found.
 
-    ratios_file:  the exported best ratios.
+    ratios_file:  the exported best ratios; report: the page to look at, None if it could not be
+                  written.
     winner:       its evaluation on the search prompts; dense: the dense model's.
     comparison:   of the two on the validation prompts; None if that evaluation failed.
     num_reranked: how many of the best were compared on fresh prompts; the winner won there.
@@ -57,6 +58,7 @@ class Outcome:
     """
 
     ratios_file: Storage
+    report: Storage | None
     winner: Evaluation
     dense: Evaluation
     comparison: Comparison | None
@@ -71,10 +73,13 @@ class Outcome:
     tracker: Tracker | None
 
 
-def run(config: Config, command: str, progress: Progress) -> Outcome:
+def run(
+    config: Config, command: str, progress: Progress, cluster: ClusterSettings | None = None
+) -> Outcome:
     """Search, going on from whatever the ledger holds, and write the results.
 
     command: the command line that starts this search, for the record.
+    cluster: where it runs, if not on the config's own: a grid has started one, and shares it out.
     Raises a CRDiffError, in one line, if it cannot run or ends without a result, and
     KeyboardInterrupt after Ctrl-C; what was measured by then is in the ledger.
     """
@@ -84,10 +89,10 @@ def run(config: Config, command: str, progress: Progress) -> Outcome:
         if plan.ledger.has_grown:  # Another driver has ended meanwhile.
             plan = Plan.make(config)
         lease.on_lost = plan.search.fail
-        return _run(plan, command, progress)
+        return _run(plan, command, progress, cluster or config.cluster)
 
 
-def _run(plan: Plan, command: str, progress: Progress) -> Outcome:
+def _run(plan: Plan, command: str, progress: Progress, cluster: ClusterSettings) -> Outcome:
     search = plan.search
     began_s = time.monotonic()
     tracked = TrackedSearch(plan) if plan.config.tracking.name != "none" else None
@@ -99,7 +104,7 @@ def _run(plan: Plan, command: str, progress: Progress) -> Outcome:
         if not search.replay():
             progress.begin(search)
             _record(plan, command)
-            _fit(plan, command)
+            _fit(plan, command, cluster)
         try:
             write_history(plan)
             _record(plan, command)
@@ -112,6 +117,7 @@ def _run(plan: Plan, command: str, progress: Progress) -> Outcome:
             raise KeyboardInterrupt
         ratios_file = write_ratios(plan)
         status = "FINISHED"
+        report = _report(plan)
     finally:
         progress.close()
         log.info("search ends: %s", status, extra={"reason": search.failure or search.ended_by})
@@ -127,6 +133,7 @@ def _run(plan: Plan, command: str, progress: Progress) -> Outcome:
     assert dense is not None
     return Outcome(
         ratios_file,
+        report,
         winner,
         dense,
         validated(plan),
@@ -142,6 +149,21 @@ def _run(plan: Plan, command: str, progress: Progress) -> Outcome:
     )
 
 
+def _report(plan: Plan) -> Storage | None:
+    """Write the report; whatever comes of it, the search has its result."""
+    if not plan.search.num_drawn and REPORT_FILE in plan.folder.files():
+        return plan.folder / REPORT_FILE
+    try:
+        # It takes seconds to import what draws charts.
+        from search.report import write_report
+
+        return write_report(plan)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        log.warning("no report: %s: python -m search.report %s tries again", reason, plan.folder)
+        return None
+
+
 def _begin_folder(plan: Plan, command: str) -> None:
     """Record the settings; keep the results of an earlier search with other settings."""
     folder = plan.folder
@@ -149,7 +171,7 @@ def _begin_folder(plan: Plan, command: str) -> None:
     if folder.read(RUN_FILE) is not None and read_record(folder).get("key") != plan.key:
         kept = folder / EARLIER / f"{datetime.now():%Y%m%d-%H%M%S}"
         kept.make()
-        for name in (RUN_FILE, RATIOS_FILE, HISTORY_FILE):
+        for name in (RUN_FILE, RATIOS_FILE, HISTORY_FILE, REPORT_FILE):
             if name in folder.files():
                 folder.move(name, kept)
         log.warning(
@@ -190,16 +212,15 @@ def _record(plan: Plan, command: str) -> None:
 # --- Ray Tune --------------------------------------------------------------------------------
 
 
-def _fit(plan: Plan, command: str) -> None:
+def _fit(plan: Plan, command: str, settings: ClusterSettings) -> None:
     """Hand the evaluations' prompt batches to Ray Tune until there are no more, or Ctrl-C."""
     from ray import tune
 
     with (
-        connect(plan.config.cluster) as resources,
+        connect(settings) as resources,
         _drained_on_sigterm(plan.search),
         tempfile.TemporaryDirectory() as scratch,
     ):
-        settings = plan.config.cluster
         on_gpu = "gpu" in resources
         if not on_gpu and settings.device == "auto" and plan.model.dtype == "float16":
             raise ConfigError(

@@ -13,6 +13,7 @@ from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import GROUPS, BlockRatios
 from search.batching import MAX_BATCH
 from search.config import AnnealingSettings, ConfigError
+from search.evaluations import NUM_KEPT
 from search.plan import Plan
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 # A trial's Parquet file and its MLflow records; measured on the embedded model.
 _BYTES_PER_TRIAL = 32 << 10
+# Of a picture that is kept: a JPEG of quality 92 takes less than half of it.
+_BYTES_PER_PIXEL = 1
 # A render is so many equal steps and a constant: two of them tell.
 _FEW_STEPS = (1, 3)
 # A batch whose first step alone takes longer is not timed as a whole.
@@ -179,7 +182,12 @@ def _trial_s(plan: Plan, replica: Replica, prompts: Sequence[Prompt], num_steps:
 
 def _disk(plan: Plan, num_trials: int) -> tuple[float, float | None]:
     """Return the GiB that the results take and that are free. Raises ConfigError if too few."""
-    needed, local = num_trials * _BYTES_PER_TRIAL, plan.folder.local
+    config, local = plan.config, plan.folder.local
+    needed = num_trials * _BYTES_PER_TRIAL
+    if config.report.pictures:
+        num_kept = (1 + config.budget.steps) * NUM_KEPT + 2 * config.prompts.validation
+        num_kept += plan.search.num_for_report
+        needed += num_kept * config.res.height * config.res.width * _BYTES_PER_PIXEL
     if local is None:
         return needed / GIB, None
     folder = next(path for path in local.parents if path.exists())

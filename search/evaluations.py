@@ -28,8 +28,8 @@ Kind = Literal[
     "dense", "search", "rerank", "validation", "dense validation", "pruned alone", "resized"
 ]
 
-# Of the search prompts so many, the first ones, have their pictures kept.
-_NUM_KEPT = 4
+NUM_KEPT = 4
+"""Of the search prompts so many, the first ones, have their pictures kept."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class OpenEvaluation:
         if self.kind == "rerank" or not keep:
             kept: list[int] = []
         elif self.kind in {"dense", "search"}:
-            kept = [place for place, each in enumerate(batch) if each < _NUM_KEPT]
+            kept = [place for place, each in enumerate(batch) if each < NUM_KEPT]
         else:
             kept = list(range(len(batch)))
         return {

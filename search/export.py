@@ -25,7 +25,7 @@ from search.runs import RATIOS_FILE, RUN_FILE, read_record
 from search.storage import Storage
 
 HISTORY_FILE = "history.parquet"
-_PACKAGES = ("crdiff-search", "torch", "diffusers", "transformers", "ray", "optuna")
+PACKAGES = ("crdiff-search", "torch", "diffusers", "transformers", "ray", "optuna")
 
 
 def validated(plan: Plan) -> Comparison | None:
@@ -69,7 +69,7 @@ def _provenance(plan: Plan, winner: Evaluation) -> dict[str, Any]:
     return {
         "ledger_key": winner.key,
         "recipe": asdict(plan.recipe),
-        "source": _source(plan.model),
+        "source": source_of(plan.model),
         "num_prunable": plan.model.num_prunable(),
         "sparsity": dict(winner.sparsity),
         # What decided the course of the search: the same for any number of workers.
@@ -91,11 +91,11 @@ def _provenance(plan: Plan, winner: Evaluation) -> dict[str, Any]:
         else None,
         # What it took, which depends on the workers.
         "use": {name: round(value, 6) for name, value in asdict(use).items()},
-        "versions": {package: version(package) for package in _PACKAGES},
+        "versions": {package: version(package) for package in PACKAGES},
     }
 
 
-def _source(model: Model) -> dict[str, str]:
+def source_of(model: Model) -> dict[str, str]:
     """Say where the model came from, without the paths of this machine."""
     hub = {"hub_id": model.hub_id, "hub_revision": model.hub_revision}
     if not model.path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -32,6 +33,12 @@ def to_console(is_verbose: bool) -> None:
     for name in _OURS:
         logging.getLogger(name).setLevel(logging.INFO)
     logging.captureWarnings(True)
+
+
+def one_line(text: str) -> str:
+    """Put a message into one line, for a person or a file to keep."""
+    # An URI that was not understood may have a password in it.
+    return re.sub(r"://\S*@", "://...@", " ".join(text.split()))
 
 
 def take_over() -> None:

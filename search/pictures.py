@@ -39,8 +39,9 @@ class Pictures:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        # The file that each picture is in; None: not read yet.
-        self._places: dict[_Key, str] | None = None
+        # The file that each picture is in, as far as files were read.
+        self._places: dict[_Key, str] = {}
+        self._names: set[str] = set()
 
     def add(self, key: str, prompts: Sequence[Prompt], pictures: Mapping[int, bytes]) -> None:
         """Keep pictures of these prompts, by their place among them.
@@ -69,14 +70,14 @@ class Pictures:
         except StorageError as broken:
             log.warning("pictures are not kept: %s", broken)
             return
-        if self._places is not None:
-            self._places |= {(row["key"], row["prompt"], row["seed"]): name for row in rows}
+        self._places |= {(row["key"], row["prompt"], row["seed"]): name for row in rows}
+        self._names.add(name)
 
     def get(self, key: str, prompts: Sequence[Prompt]) -> list[bytes | None]:
         """Return the pictures of these prompts under a key; None where none was kept."""
-        if self._places is None:
-            self._places = self._read_places()
         keys = [(key, prompt.text, prompt.seed) for prompt in prompts]
+        if any(each not in self._places for each in keys):
+            self._read_places()
         names = sorted({self._places[each] for each in keys if each in self._places})
         found: dict[_Key, bytes] = {}
         with ThreadPoolExecutor(_NUM_READERS) as readers:
@@ -84,16 +85,19 @@ class Pictures:
                 found |= {(row["key"], row["prompt"], row["seed"]): row["picture"] for row in rows}
         return [found.get(each) for each in keys]
 
-    def _read_places(self) -> dict[_Key, str]:
-        names = sorted(name for name in self.storage.files() if name.endswith(".parquet"))
+    def _read_places(self) -> None:
+        """Look into the files that others have written meanwhile."""
+        names = sorted(
+            name
+            for name in self.storage.files()
+            if name.endswith(".parquet") and name not in self._names
+        )
         columns = ["key", "prompt", "seed"]
         with ThreadPoolExecutor(_NUM_READERS) as readers:
             contents = list(readers.map(lambda name: self._read(name, columns), names))
-        return {
-            (row["key"], row["prompt"], row["seed"]): name
-            for name, rows in zip(names, contents, strict=True)
-            for row in rows
-        }
+        for name, rows in zip(names, contents, strict=True):
+            self._places |= {(row["key"], row["prompt"], row["seed"]): name for row in rows}
+        self._names.update(names)
 
     def _read(self, name: str, columns: list[str] | None = None) -> list[dict[str, Any]]:
         try:

@@ -26,6 +26,7 @@ from search.storage import Storage
 
 RUN_FILE = "run.json"
 RATIOS_FILE = "best_ratios.json"
+REPORT_FILE = "report.html"
 State = Literal["finished", "running", "stopped", "failed"]
 # Folders looked at together: an object store takes its time for each.
 _NUM_READERS = 16

@@ -3,27 +3,52 @@
 from __future__ import annotations
 
 import argparse
+import getpass
+import io
 import logging
 import math
+import shlex
+import statistics
+import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+from PIL import Image
+
+from crdiff_core import sheet
 from crdiff_core.errors import CRDiffError
+from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import GROUPS
+from crdiff_core.sheet import Row, legible_zoom
 from search.config import ConfigError
 from search.evaluation_search import Step
+from search.evaluations import Evaluation, Kind
 from search.export import HISTORY_FILE, load_plan, validated
 from search.lease import Lease, LeaseError
+from search.pictures import Pictures
 from search.plan import Plan
-from search.runs import RATIOS_FILE, RUN_FILE, read_record, runs_in
+from search.runs import RATIOS_FILE, REPORT_FILE, RUN_FILE, read_record, runs_in
 from search.storage import Storage, StorageError
 from search.tracking import Experiment, Status, Tracker
 
 log = logging.getLogger(__name__)
 
+LEDGER_FILE = "ledger.parquet"
+
+# The dense model's evaluation on the same prompts. Those of "pruned alone" and "resized" were
+# chosen by their gains: a mean over them says nothing.
+_BASELINES: dict[Kind, Kind] = {"search": "dense", "validation": "dense validation"}
+# Pixels that a picture's longer side has at most, in a sheet.
+_LARGEST = 512
+_GIT_TIMEOUT_S = 5.0
 _SQLITE = "sqlite:///"
 _PROGRESS_INTERVAL_S = 10.0
 
@@ -41,7 +66,13 @@ class TrackedSearch:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._num_told = 0
-        self._num_charted = 0
+        self._uncompared: list[Evaluation] = []
+        # The dense model's, of every prompt that it was evaluated on.
+        self._dense: dict[Prompt, float] = {}
+        self._charts = Charts()
+        self._pictures: Pictures | None = None
+        if plan.config.report.pictures > 0:  # Of our own: MLflow's thread alone reads it.
+            self._pictures = Pictures(plan.folder.parent / "pictures")
         self.tracker = Tracker(
             _experiment(plan),
             plan.key,
@@ -52,49 +83,240 @@ class TrackedSearch:
                 "resolution": str(plan.config.res),
                 "searcher": plan.config.searcher.name,
                 "revision": plan.recipe.revision,
+                **_source(),
             },
             abandoned=lambda: _abandoned(plan.folder.parent.parent),
         )
 
     def update(self) -> None:
         """Pass on the evaluations and steps since the last time."""
-        evaluations, steps = self._plan.search.evaluations, self._plan.search.steps
-        for evaluation in evaluations[self._num_told :]:
-            self.tracker.evaluation(evaluation)
-            if evaluation.kind == "dense":
-                self.tracker.chart(0, evaluation.measured_at, {"dense_reward": evaluation.mean})
-        self._num_told = len(evaluations)
-        for number in range(self._num_charted + 1, len(steps) + 1):
-            at = steps[number - 1].evaluation.measured_at
-            self.tracker.chart(number, at, _charts(steps[:number]))
-        self._num_charted = len(steps)
+        search = self._plan.search
+        new = search.evaluations[self._num_told :]
+        self._num_told += len(new)
+        for evaluation in new:
+            if evaluation.kind in _BASELINES.values() and evaluation.is_complete:
+                rewards = zip(evaluation.prompts.prompts, evaluation.rewards, strict=True)
+                self._dense |= dict(rewards)
+        waiting, self._uncompared = [*self._uncompared, *new], []
+        for evaluation in waiting:
+            baseline = _BASELINES.get(evaluation.kind)
+            if baseline is None or search.of(baseline) is not None:
+                self.tracker.evaluation(evaluation, self._difference(evaluation))
+            else:
+                self._uncompared.append(evaluation)
+        dense = search.of("dense")
+        if dense is not None:
+            self._chart(dense)
+
+    def _difference(self, evaluation: Evaluation) -> dict[str, float]:
+        """Compare an evaluation with the dense model, if that drew the same prompts."""
+        prompts = evaluation.prompts.prompts
+        is_comparable = evaluation.is_complete and evaluation.kind not in _BASELINES.values()
+        if not is_comparable or any(prompt not in self._dense for prompt in prompts):
+            return {}
+        gains = [
+            reward - self._dense[prompt]
+            for prompt, reward in zip(prompts, evaluation.rewards, strict=True)
+        ]
+        found = {"difference_to_dense": statistics.fmean(gains)}
+        if len(gains) > 1:
+            error = statistics.stdev(gains) / math.sqrt(len(gains))
+            found["difference_to_dense_standard_error"] = error
+        return found
+
+    def _chart(self, dense: Evaluation) -> None:
+        """Pass on the points of new steps, and a picture of each new best one."""
+        charts, search = self._charts, self._plan.search
+        if charts.num_steps == 0:
+            self.tracker.chart(0, dense.measured_at, {"dense_reward": dense.mean})
+            self.tracker.picture(0, partial(self._sheet, dense, dense))
+        num_chains = getattr(self._plan.config.searcher, "chains", 1)
+        for step in search.steps[charts.num_steps :]:
+            # A chain that is ahead waits for the others: its steps' numbers depend on theirs.
+            is_in_turn = (step.number - 1, step.chain) == divmod(charts.num_steps, num_chains)
+            if not (is_in_turn or search.finished):
+                return
+            earlier = charts.best
+            points = charts.take(step) | {"dense_reward": dense.mean}
+            self.tracker.chart(charts.num_steps, step.evaluation.measured_at, points)
+            if charts.best != earlier:
+                self.tracker.picture(
+                    charts.num_steps, partial(self._sheet, dense, step.evaluation)
+                )
+
+    def _sheet(self, dense: Evaluation, best: Evaluation) -> Image.Image | None:
+        """Draw the pictures that are kept of both, one prompt a column; None: there are none."""
+        if self._pictures is None:
+            return None
+        rows = [("dense", dense)]
+        if best is not dense:
+            rows.append((f"best so far, {best.ratios} (down / mid / up)", best))
+        prompts = dense.prompts.prompts
+        try:
+            found = [self._pictures.get(evaluation.key, prompts) for _, evaluation in rows]
+            pictures = [[data and _opened(data) for data in row] for row in found]
+        except (StorageError, OSError) as broken:  # Pillow's errors are OSErrors, too.
+            log.warning("MLflow gets no picture of %s: %s", best.ratios, broken)
+            return None
+        both = [number for number, column in enumerate(zip(*pictures, strict=True)) if all(column)]
+        if not both:
+            return None
+        first = pictures[0][both[0]]
+        assert first
+        return sheet.arrange(
+            [
+                Row(
+                    f"{name}: mean reward {evaluation.mean:.3f} on {len(prompts)} prompts",
+                    [picture for number in both if (picture := row[number])],
+                    [f"reward {evaluation.rewards[number]:.3f}" for number in both],
+                )
+                for (name, evaluation), row in zip(rows, pictures, strict=True)
+            ],
+            legible_zoom(first.height, first.width),
+            [prompts[number].text for number in both],
+        )
 
     def close(self, status: Status, patience_s: float) -> None:
         """Pass on the results, and wait for MLflow, but no longer than that."""
         self.update()
         plan = self._plan
         comparison, winner = validated(plan), plan.search.winner
-        metrics: dict[str, float] = {}
-        tags = {"failure": plan.search.failure} if plan.search.failure else {}
+        metrics: dict[str, float] = {}  # Named so that MLflow charts them apart from the steps.
+        tags = {"mlflow.note.content": _summary(plan)}
+        if plan.search.failure:
+            tags["failure"] = plan.search.failure
         if comparison is not None:
             metrics = {
-                "validation_difference": comparison.difference,
-                "validation_low": comparison.low,
-                "validation_high": comparison.high,
+                "result/difference": comparison.difference,
+                "result/low": comparison.low,
+                "result/high": comparison.high,
             }
             tags["verdict"] = comparison.verdict
         if winner is not None:
-            metrics |= {f"best_ratio_{group}": winner.ratios[group] for group in GROUPS}
-        self.tracker.finish(status, metrics, tags, self._files(), patience_s)
+            metrics |= {f"result/ratio_{group}": winner.ratios[group] for group in GROUPS}
+        self.tracker.finish(status, metrics, tags, self._files, patience_s)
 
     def _files(self) -> dict[str, bytes]:
+        folder = self._plan.folder
+        names = RUN_FILE, HISTORY_FILE, RATIOS_FILE, REPORT_FILE
         try:
-            folder = self._plan.folder
-            files = {name: folder.read(name) for name in (RUN_FILE, HISTORY_FILE, RATIOS_FILE)}
+            files = {name: data for name in names if (data := folder.read(name))}
+            files[LEDGER_FILE] = _ledger_extract(self._plan)
         except StorageError as broken:  # It has ended the search, and is about to be said.
             log.warning("%s", broken)
             return {}
-        return {name: data for name, data in files.items() if data}
+        return files
+
+
+class Charts:
+    """The parent run's charts, point by point: of the steps alone, so that a replay agrees."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self.best = -math.inf
+        self._num: Counter[str | None] = Counter()
+
+    def take(self, step: Step) -> dict[str, float]:
+        """Return the points of the next step."""
+        evaluation = step.evaluation
+        self.num_steps += 1
+        self._num[step.event] += 1
+        self._num["failed"] += evaluation.failure is not None
+        if not step.lost_race and evaluation.mean > self.best:
+            self.best = evaluation.mean
+        num_decided = self._num["accept"] + self._num["reject"]
+        num_drawn, seconds = len(evaluation.rewards), evaluation.seconds
+        return {
+            "reward": math.nan if step.reward is None else step.reward,
+            "best_reward": self.best,
+            "temperature": math.nan if step.temperature is None else step.temperature,
+            "acceptance_rate": self._num["accept"] / num_decided if num_decided else math.nan,
+            "num_failed": self._num["failed"],
+            # Of one worker.
+            "pictures_per_second": num_drawn / seconds if seconds and num_drawn else math.nan,
+        }
+
+
+def _opened(data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data)) as picture:
+        picture.thumbnail((_LARGEST, _LARGEST))
+        return picture.convert("RGB")
+
+
+def _ledger_extract(plan: Plan) -> bytes:
+    """Return the ledger's rows of this search, each prompt of an evaluation once, as Parquet."""
+    ours = {
+        (evaluation.key, prompt.text, prompt.seed)
+        for evaluation in plan.search.evaluations
+        for prompt in evaluation.prompts.prompts
+    }
+    table = plan.ledger.table()
+    columns = (table[name].to_pylist() for name in ("key", "prompt", "seed", "reward"))
+    rows: dict[tuple[str, str, int], int] = {}
+    has_failed: set[tuple[str, str, int]] = set()
+    for number, (*key, reward) in enumerate(zip(*columns, strict=True)):
+        name = (key[0], key[1], key[2])
+        # The first counts, as in the ledger, but a failure only until there is a reward.
+        if name in ours and (name not in rows or (name in has_failed and reward is not None)):
+            rows[name] = number
+            (has_failed.add if reward is None else has_failed.discard)(name)
+    data = io.BytesIO()
+    pq.write_table(table.take(list(rows.values())), data)
+    return data.getvalue()
+
+
+def _source() -> dict[str, str]:
+    """Say what code runs, in MLflow's own tags, as far as it is known."""
+    tags = {
+        "version": version("crdiff-search"),
+        "mlflow.source.name": "search.run",
+        "mlflow.source.type": "LOCAL",
+    }
+    with suppress(KeyError, OSError, ImportError):
+        tags["mlflow.user"] = getpass.getuser()
+    checkout = Path(__file__).resolve().parents[1]
+    with suppress(OSError, subprocess.SubprocessError):
+        top, commit = _git(checkout, "rev-parse", "--show-toplevel", "HEAD").split("\n")
+        if Path(top).resolve() == checkout:  # Not a repository that this package is installed in.
+            tags["mlflow.source.git.commit"] = commit
+            changes = _git(checkout, "status", "--porcelain", "--untracked-files=no")
+            tags["mlflow.source.git.dirty"] = str(bool(changes)).lower()
+    return tags
+
+
+def _git(checkout: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(checkout), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=_GIT_TIMEOUT_S,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def _summary(plan: Plan) -> str:
+    """Return what MLflow shows on top of the run's page, in Markdown."""
+    search = plan.search
+    comparison, winner = validated(plan), search.winner
+    if search.failure:
+        return f"**failed**\n\n```\n{search.failure.replace('`', chr(39))}\n```"
+    if comparison is None or winner is None:
+        num_done, num_all = search.progress
+        return f"{num_done} of {num_all} evaluations; the same command goes on from there."
+    command = ["python", "-m", "crdiff_core.generate", "--ratios", RATIOS_FILE]
+    command += ["--model", plan.config.model.path] if plan.config.model.path else []
+    return "\n\n".join(
+        [
+            f"**Against dense: {comparison.verdict}.** {comparison.difference:+.4f}, 95% interval "
+            f"[{comparison.low:+.4f}, {comparison.high:+.4f}], on {comparison.num_prompts} fresh "
+            "prompts.",
+            f"Best ratios **{winner.ratios}** (down / mid / up), poa_weight "
+            f"{winner.candidate.poa_weight:g}. To draw with them, take {RATIOS_FILE} from the "
+            "artifacts:",
+            f"```\n{shlex.join(command)} --prompt TEXT\n```",
+        ]
+    )
 
 
 def _experiment(plan: Plan) -> Experiment:
@@ -115,18 +337,6 @@ def _experiment(plan: Plan) -> Experiment:
     return Experiment(
         f"{_SQLITE}{database}", settings.experiment, (database.parent / "mlartifacts").as_uri()
     )
-
-
-def _charts(steps: list[Step]) -> dict[str, float]:
-    """Return the parent run's points for the last of these steps."""
-    last = steps[-1]
-    scored = [step.evaluation.mean for step in steps if not step.lost_race]
-    best = max((mean for mean in scored if not math.isnan(mean)), default=math.nan)
-    return {
-        "reward": math.nan if last.reward is None else last.reward,
-        "best_reward": best,
-        "temperature": math.nan if last.temperature is None else last.temperature,
-    }
 
 
 def _flat(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,11 +15,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from crdiff_core.ratios import GROUPS
 from search.evaluations import Evaluation
 from search.logs import take_over
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +31,20 @@ RUN_TAG = "crdiff.run"
 EVALUATION_TAG = "crdiff.evaluation"
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+# The same in words, as a tag: MLflow's own columns and searches have no room for "stopped".
+STATUS_TAG = "status"
+_IN_WORDS = {
+    "RUNNING": "running",
+    "FINISHED": "finished",
+    "FAILED": "failed",
+    "KILLED": "stopped",
+}
+# Where MLflow's log_image puts pictures, and the name of ours.
+_PICTURES = "images"
+_PICTURE = "best"
+_PREVIEW, _PREVIEW_SIDE = "+compressed.webp", 256
+# So that MLflow's pages begin with runs and charts, not with traces of language models.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 # MLflow refuses longer values, and more of them at once.
 _LONGEST = 6000
@@ -76,29 +93,45 @@ class Tracker:
         self._client: Any = None
         self._known: set[str] = set()
         self._charted: set[int] = set()
+        # Pictures by their step, still to be written; and the steps that have theirs in MLflow,
+        # None: to be looked up.
+        self._waiting: dict[int, Callable[[], Image.Image | None]] = {}
+        self._shown: set[int] | None = None
         self._metrics: dict[str, float] = {}
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._is_last_try = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
-    def evaluation(self, evaluation: Evaluation) -> None:
-        """Add an evaluation's child run."""
-        self._jobs.put(lambda: self._add(evaluation))
+    def evaluation(
+        self, evaluation: Evaluation, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Add an evaluation's child run; metrics: others than its own."""
+        self._jobs.put(lambda: self._add(evaluation, metrics or {}))
 
     def chart(self, step: int, at: float, metrics: Mapping[str, float]) -> None:
         """Add a point to each of the parent's charts; at: its time, in seconds since 1970."""
         self._jobs.put(lambda: self._chart(step, at, metrics))
+
+    def picture(self, step: int, draw: Callable[[], Image.Image | None]) -> None:
+        """Add the parent's picture of a step; draw: called by the thread, None: there is none.
+
+        A picture that MLflow does not take holds nothing else up.
+        """
+        self._jobs.put(lambda: self._show(step, draw))
 
     def finish(
         self,
         status: Status,
         metrics: Mapping[str, float],
         tags: Mapping[str, str],
-        files: Mapping[str, bytes],
+        files: Callable[[], Mapping[str, bytes]],
         patience_s: float,
     ) -> None:
-        """Close the parent run, with its last metrics and files; wait that long for it at most."""
+        """Close the parent run, with its last metrics and files; wait that long for it at most.
+
+        files: read by the thread.
+        """
         self._jobs.put(lambda: self._close(status, metrics, tags, files))
         self._jobs.put(None)
         self._is_last_try.set()
@@ -178,7 +211,9 @@ class Tracker:
             found.experiment_id
             if found
             else client.create_experiment(
-                self._experiment.name, artifact_location=self._experiment.artifacts or None
+                self._experiment.name,
+                artifact_location=self._experiment.artifacts or None,
+                tags=_EXPERIMENT_TAGS,
             )
         )
         runs = self._search(client, f"tags.`{RUN_TAG}` = '{self._run_key}'")
@@ -187,8 +222,9 @@ class Tracker:
             for double in doubles:
                 client.delete_run(double.info.run_id)
             client.update_run(parent.info.run_id, status="RUNNING")
+            client.set_tag(parent.info.run_id, STATUS_TAG, _IN_WORDS["RUNNING"])
         else:
-            tags = {**self._tags, RUN_TAG: self._run_key}
+            tags = {**self._tags, RUN_TAG: self._run_key, STATUS_TAG: _IN_WORDS["RUNNING"]}
             parent = client.create_run(self.experiment_id, run_name=self._name, tags=tags)
         self.run_id = parent.info.run_id
         self._log_params(client, parent.data.params)
@@ -196,6 +232,7 @@ class Tracker:
         histories = (client.get_metric_history(self.run_id, key) for key in self._metrics)
         self._charted = {point.step for history in histories for point in history}
         self._known = self._complete_children(client)
+        self._shown = None
         return client
 
     def _search(self, client: Any, query: str) -> list[Any]:
@@ -244,15 +281,63 @@ class Tracker:
             if run.data.tags.get(RUN_TAG) in abandoned:
                 for child in self._children(self._client, run.info.run_id):
                     if child.info.status == "RUNNING":
-                        self._client.set_terminated(child.info.run_id, "KILLED")
-                self._client.set_terminated(run.info.run_id, "KILLED")
+                        self._end(child.info.run_id, "KILLED")
+                self._end(run.info.run_id, "KILLED")
+
+    def _end(self, run_id: str | None, status: Status) -> None:
+        self._client.set_tag(run_id, STATUS_TAG, _IN_WORDS[status])
+        self._client.set_terminated(run_id, status)
 
     def _chart(self, step: int, at: float, metrics: Mapping[str, float]) -> None:
         if step not in self._charted:
             self._client.log_batch(self.run_id, metrics=_points(metrics, at, step))
             self._charted.add(step)
 
-    def _add(self, evaluation: Evaluation) -> None:
+    def _show(self, step: int, draw: Callable[[], Image.Image | None]) -> None:
+        self._waiting[step] = draw
+        try:
+            self._write_pictures()
+        except Exception as error:  # The next one tries again, and at last the end does.
+            self._shown = None
+            log.info("MLflow: a picture has to wait: %s", self._reason(error))
+
+    def _write_pictures(self) -> None:
+        """Write those that wait, if they are not there."""
+        if self._shown is None:
+            self._shown = self._complete_pictures() if self._waiting else None
+        for step, draw in sorted(self._waiting.items()):
+            assert self._shown is not None
+            image = None if step in self._shown else draw()
+            if image is not None:
+                self._client.log_image(self.run_id, image, key=_PICTURE, step=step)
+                self._shown.add(step)
+            del self._waiting[step]
+
+    def _complete_pictures(self) -> set[int]:
+        """Return the steps whose picture is there; where its preview is not, make that."""
+        paths = {file.path for file in self._client.list_artifacts(self.run_id, _PICTURES)}
+        found: set[int] = set()
+        for path in paths:
+            if path.startswith(f"{_PICTURES}/{_PICTURE}+step+") and path.endswith(".png"):
+                found.add(int(path.split("+")[2]))
+                if path.removesuffix(".png") + _PREVIEW not in paths:
+                    self._add_preview(path)
+        return found
+
+    def _add_preview(self, path: str) -> None:
+        """Add what log_image writes last, and MLflow's pages show first."""
+        from PIL import Image
+
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(self._client.download_artifacts(self.run_id, path, folder))
+            preview = file.with_name(file.stem + _PREVIEW)
+            with Image.open(file) as image:
+                image.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
+                image.save(preview)
+            self._client.log_artifact(self.run_id, str(preview), _PICTURES)
+        self._client.set_tag(self.run_id, "mlflow.loggedImages", "True")
+
+    def _add(self, evaluation: Evaluation, more: Mapping[str, float]) -> None:
         from mlflow.entities import Param
 
         name = f"{evaluation.kind}:{evaluation.key}:{evaluation.prompts.digest}"
@@ -260,15 +345,16 @@ class Tracker:
         name += ":failed" if evaluation.failure else ""
         if name in self._known:
             return
+        status: Status = "FAILED" if evaluation.failure else "FINISHED"
         child = self._client.create_run(
             self.experiment_id,
             start_time=_ms(evaluation.measured_at - evaluation.seconds),
-            run_name=f"{evaluation.kind} {evaluation.ratios}",
+            run_name=_name(evaluation),
             tags={
                 "mlflow.parentRunId": self.run_id,
                 EVALUATION_TAG: name,
                 "kind": evaluation.kind,
-                **({"stopped": "true"} if evaluation.is_stopped else {}),
+                STATUS_TAG: _IN_WORDS["KILLED" if evaluation.is_stopped else status],
                 **({"failure": evaluation.failure} if evaluation.failure else {}),
             },
         )
@@ -281,14 +367,16 @@ class Tracker:
             "reward": evaluation.mean,
             "reward_standard_error": evaluation.standard_error,
             "seconds": evaluation.seconds,
+            **{f"seconds_{stage}": taken for stage, taken in evaluation.stages.items()},
             **{f"sparsity_{group}": value for group, value in evaluation.sparsity.items()},
+            **({} if evaluation.memory_gib is None else {"memory_gib": evaluation.memory_gib}),
+            **more,
         }
         self._client.log_batch(
             child.info.run_id,
             metrics=_points(metrics, evaluation.measured_at),
             params=[Param(key, str(value)) for key, value in params.items()],
         )
-        status = "FAILED" if evaluation.failure else "FINISHED"
         self._client.set_terminated(child.info.run_id, status, _ms(evaluation.measured_at))
         self._known.add(name)
 
@@ -297,22 +385,31 @@ class Tracker:
         status: Status,
         metrics: Mapping[str, float],
         tags: Mapping[str, str],
-        files: Mapping[str, bytes],
+        files: Callable[[], Mapping[str, bytes]],
     ) -> None:
         from mlflow.entities import RunTag
 
         new = {key: value for key, value in metrics.items() if self._metrics.get(key) != value}
+        told = {**tags, STATUS_TAG: _IN_WORDS[status]}
         self._client.log_batch(
             self.run_id,
             metrics=_points(new, time.time()),
-            tags=[RunTag(key, value) for key, value in tags.items()],
+            tags=[RunTag(key, value[:_LONGEST]) for key, value in told.items()],
         )
         with tempfile.TemporaryDirectory() as folder:
-            for name, data in files.items():
+            for name, data in files().items():
                 path = Path(folder) / name
                 path.write_bytes(data)
                 self._client.log_artifact(self.run_id, str(path))
         self._client.set_terminated(self.run_id, status)
+        self._write_pictures()
+
+
+def _name(evaluation: Evaluation) -> str:
+    if evaluation.kind == "resized":
+        return f"dense, resized from {evaluation.candidate.drawn_at}"
+    is_dense = evaluation.ratios.is_dense
+    return evaluation.kind if is_dense else f"{evaluation.kind} {evaluation.ratios}"
 
 
 def _make_database(uri: str) -> None:

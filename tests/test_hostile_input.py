@@ -764,7 +764,17 @@ TABLE: dict[str, tuple[Action, Any]] = {
         search("--experimental-rerun=HERE/job.pickle"),
         Error("--experimental-rerun: no such option"),
     ),
-    "hydra: many at once": (search("-m", "seed=1,2"), Error("one search at a time")),
+    "hydra: many at once": (search("-m", "hydra.launcher=a,b"), Error(HYDRA)),
+    "hydra: a path among many": (
+        search("-m", "model=shapes,UP/mine"),
+        Error("model is chosen by name, not by a path"),
+    ),
+    "hydra: a class among many": (search("-m", "model=shapes,{_target_:a}"), Error(HYDRA)),
+    "hydra: many without an end": (search("-m", "seed=interval(0,1)"), Error("it has no end")),
+    "environment: among many": (
+        search("-m", "seed=${oc.env:CRDIFF_SECRET},2"),
+        Error(f"seed: {ENVIRONMENT}"),
+    ),
     "environment: a number": (
         search("seed=${oc.env:CRDIFF_SECRET}"),
         Error(f"seed: {ENVIRONMENT}: give a value, or ${{KEY}} of another setting"),

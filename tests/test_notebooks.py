@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,20 +11,20 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.pipelines import save_sd
-
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
 @pytest.fixture(scope="session")
-def run_folder(tmp_path_factory, ray_tmpdir):
-    """The folder of a finished search."""
-    folder = tmp_path_factory.mktemp("notebook")
+def run_folder(tmp_path_factory, ray_tmpdir, mlflow_database):
+    """The folder of a finished search of the embedded model, tracked by MLflow."""
+    output = tmp_path_factory.mktemp("notebook") / "runs"
+    output.mkdir()
+    shutil.copy(mlflow_database, output / "mlflow.db")
     settings = [
-        *(f"model.path={save_sd(folder / 'model')}", f"output={folder / 'runs'}", "res=24x32"),
-        *("budget.steps=4", "rerank.top=2", "render.num_steps=2", "tracking=none"),
-        *("prompts.search=2", "prompts.rerank=2", "prompts.validation=4", "render.batch_size=4"),
+        *(f"output={output}", "res=24x32", "budget.steps=4", "rerank.top=2"),
+        *("render.num_steps=2", "render.batch_size=4", "prompts.search=2", "prompts.rerank=2"),
+        *("prompts.validation=4", "report.pictures=4"),
     ]
     ended = subprocess.run(
         [sys.executable, "-m", "search.run", *settings],
@@ -33,7 +34,7 @@ def run_folder(tmp_path_factory, ray_tmpdir):
         timeout=240,
     )
     assert ended.returncode == 0, ended.stderr
-    return folder / "runs/shapes_24x32/annealing-seed0"
+    return output / "shapes_24x32/annealing-seed0"
 
 
 def execute(name, run_folder, monkeypatch, *questions):
@@ -48,21 +49,35 @@ def execute(name, run_folder, monkeypatch, *questions):
     return cells, json.loads(last.outputs[-1].text)
 
 
-def test_read_a_search_shows_what_the_run_found(run_folder, monkeypatch):
+def num_figures(cells):
+    return sum(
+        "image/png" in output.get("data", {})
+        for cell in cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    )
+
+
+@pytest.fixture
+def result(run_folder):
+    return json.loads((run_folder / "best_ratios.json").read_text())
+
+
+def test_read_a_search_shows_what_the_run_found(run_folder, result, monkeypatch):
     cells, answers = execute(
-        *("read_a_search.ipynb", run_folder, monkeypatch),
+        *("1_read_a_search.ipynb", run_folder, monkeypatch),
         "best.ratios.as_dict()",
         "best_so_far.tolist()",
         "searched['reward'].tolist()",
         "dense_reward",
         "len(difference)",
         "difference.mean()",
-        "[dense.size, pruned.size]",
-        "dense != pruned",
-        "isinstance(pipe.unet, crdiff_core.poa.POADenoiser)",
+        "children['tags.kind'].value_counts().to_dict()",
+        "len(both)",
+        "difference_to_mlflow",
     )
-    ratios, best_so_far, rewards, dense, num_prompts, difference, sizes, differ, applied = answers
-    result = json.loads((run_folder / "best_ratios.json").read_text())
+    ratios, best_so_far, rewards, dense, num_prompts, difference, *in_mlflow = answers
+    kinds, num_compared, difference_to_mlflow = in_mlflow
     wanted = result["best_global_params_ratio"]
 
     assert {f"{group}_ratio": ratio for group, ratio in ratios.items()} == wanted
@@ -70,17 +85,55 @@ def test_read_a_search_shows_what_the_run_found(run_folder, monkeypatch):
     assert dense == result["provenance"]["dense_score"]
     assert num_prompts == 4
     assert difference == pytest.approx(result["provenance"]["validation"]["difference"], abs=1e-12)
-    assert sizes == [[32, 24], [32, 24]]
+    assert kinds.items() >= {"dense": 1, "search": 4, "rerank": 2, "validation": 1}.items()
+    assert num_compared == sum(kinds.values())
+    assert difference_to_mlflow == 0
+    assert num_figures(cells) == 3
+
+
+def test_pictures_and_landscape_shows_what_was_drawn_and_expected(run_folder, result, monkeypatch):
+    cells, answers = execute(
+        *("2_pictures_and_landscape.ipynb", run_folder, monkeypatch),
+        "list(rewards)",
+        "len(ends)",
+        "gain.mean()",
+        "[kept.get(each.key, ends).count(None) for each in columns.values()]",
+        "len(points)",
+        "expected(winner[None]).item()",
+        "[reward.min(), reward.max()]",
+        "list(reach.index)",
+    )
+    columns, num_shown, gain, missing, num_points, at_winner, (low, high), reach = answers
+
+    assert columns == ["dense", "pruned alone", "CR-Diff"]
+    assert num_shown == 4
+    assert gain == pytest.approx(result["provenance"]["validation"]["difference"], abs=1e-12)
+    assert missing == [0, 0, 0]
+    assert num_points >= 4
+    assert low <= at_winner <= high
+    assert reach == ["down", "mid", "up", "one standard error"]
+    assert num_figures(cells) == 2
+
+
+def test_use_the_ratios_draws_bakes_and_prepares_a_card(run_folder, result, monkeypatch):
+    # Its own assertions say that `applied`, `remove` and the baked model draw what they should.
+    cells, answers = execute(
+        *("3_use_the_ratios.ipynb", run_folder, monkeypatch),
+        "best.ratios.as_dict()",
+        "[picture.size for picture in pictures.values()]",
+        "dense != cr_diff != pruned != by_hand",
+        "type(pipe.unet).__name__",
+        "readme",
+    )
+    ratios, sizes, differ, unet, readme = answers
+    wanted = result["best_global_params_ratio"]
+
+    assert {f"{group}_ratio": ratio for group, ratio in ratios.items()} == wanted
+    assert sizes == [[32, 24]] * 3
     assert differ
-    assert not applied
-    pictures = [
-        output
-        for cell in cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-        if "image/png" in output.get("data", {})
-    ]
-    assert len(pictures) == 4
+    assert unet == "UNet2DConditionModel"
+    assert "# CR-Diff ratios for shapes at 24x32" in readme
+    assert num_figures(cells) == 2
 
 
 @pytest.mark.parametrize("file", ALL, ids=lambda file: file.name)

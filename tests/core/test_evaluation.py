@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from crdiff_core.errors import RenderError, RewardError
-from crdiff_core.evaluation import evaluate
+from crdiff_core.errors import ModelError, RenderError, RewardError
+from crdiff_core.evaluation import encoded, evaluate, resized
 from crdiff_core.models import Model
 from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import GROUPS, BlockRatios, Resolution
@@ -125,6 +128,69 @@ def test_a_broken_picture_is_an_error_and_no_score(replica):
     with pytest.raises(RenderError, match="3 of 3 pictures are NaN"):
         evaluate(replica, RATIOS, PROMPTS, Brightness())
     handle.remove()
+
+
+# --- pictures that are kept, and pictures of another size -------------------------------------
+
+
+def opened(file: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(file))
+
+
+def test_a_kept_picture_is_the_one_that_was_scored(replica):
+    measured = evaluate(replica, RATIOS, PROMPTS, Brightness(), keep=[0, 2])
+    assert sorted(measured.pictures) == [0, 2]
+    for place, file in measured.pictures.items():
+        picture = opened(file)
+        assert (picture.format, picture.size) == ("PNG", (16, 16))
+        mean = np.asarray(picture).mean() / 255
+        assert mean == pytest.approx(measured.rewards[place], abs=0.5 / 255)
+
+
+def test_no_picture_is_kept_unasked(replica):
+    assert evaluate(replica, RATIOS, PROMPTS, Brightness()).pictures == {}
+
+
+def test_a_large_picture_is_kept_as_a_jpeg_of_its_size():
+    ramp = torch.linspace(0, 1, 136 * 256).reshape(1, 136, 256).expand(3, -1, -1)
+    picture = opened(encoded(ramp))
+    assert (picture.format, picture.size) == ("JPEG", (256, 136))
+    assert np.asarray(picture).transpose(2, 0, 1) / 255 == pytest.approx(ramp.numpy(), abs=0.02)
+
+
+def test_pictures_drawn_at_another_size_are_scored_at_the_replicas_own(replica):
+    shapes = []
+
+    class Looking(Brightness):
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
+            shapes.append(tuple(images.shape))
+            return super().__call__(images, prompts)
+
+    at = Resolution(32, 32)
+    measured = evaluate(replica, BlockRatios(), PROMPTS, Looking(), drawn_at=at, keep=range(3))
+    large = Replica(replica.pipe, at, num_steps=2, guidance_scale=3.0, poa_weight=1.5)
+    drawn = resized(large.render(PROMPTS), Resolution(16, 16))
+    assert shapes == [(3, 3, 16, 16)]
+    assert measured.rewards == tuple(float(image.mean()) for image in drawn)
+    assert opened(measured.pictures[0]).size == (16, 16)
+
+
+def test_after_another_size_it_draws_its_own_as_before(replica):
+    before = evaluate(replica, RATIOS, PROMPTS, Brightness()).rewards
+    evaluate(replica, RATIOS, PROMPTS, Brightness(), drawn_at=Resolution(24, 40))
+    assert evaluate(replica, RATIOS, PROMPTS, Brightness()).rewards == before
+    with pytest.raises(ModelError, match="resolution 20x20 is not divisible by 8"):
+        evaluate(replica, RATIOS, PROMPTS, Brightness(), drawn_at=Resolution(20, 20))
+    assert evaluate(replica, RATIOS, PROMPTS, Brightness()).rewards == before
+
+
+def test_resizing_is_pils_bicubic():
+    images = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    (small,) = resized(images, Resolution(24, 40))
+    picture = Image.fromarray((images[0] * 255).round().byte().permute(1, 2, 0).numpy())
+    wanted = np.asarray(picture.resize((40, 24), Image.Resampling.BICUBIC)) / 255
+    # PIL rounds and clips between its two passes.
+    assert small.permute(1, 2, 0).numpy() == pytest.approx(wanted, abs=5 / 255)
 
 
 class Broken:

@@ -11,11 +11,11 @@ from PIL import Image
 
 from crdiff_core import generate
 from crdiff_core.errors import CRDiffError, ModelError
-from crdiff_core.generate import GAP
 from crdiff_core.models import Model
 from crdiff_core.prompts import Prompt, noise_seed
 from crdiff_core.ratios import BlockRatios, RatiosFile, Resolution
 from crdiff_core.replica import Replica
+from crdiff_core.sheet import GAP, LINE
 
 PROMPTS = ("a red cat", "a much longer text that does not fit into one line of so small a picture")
 RATIOS = BlockRatios(0.6, 0.5, 0.7)
@@ -106,8 +106,7 @@ def test_the_sheet_has_room_for_titles_captions_and_pictures(sd_folder):
     assert (drawing.num_steps, drawing.guidance_scale) == (30, 7.5)
     blank = torch.zeros(1, 3, 16, 24)
     sheet = generate.arrange(drawing, blank, blank)
-    line = generate._LINE
-    assert sheet.size == (2 * 24 * 12 + 3 * GAP, GAP + line + GAP + line + 16 * 12 + GAP)
+    assert sheet.size == (2 * 24 * 12 + 3 * GAP, GAP + LINE + GAP + LINE + 16 * 12 + GAP)
 
 
 def parsed(*options):

@@ -17,7 +17,7 @@ import crdiff_core
 from crdiff_core import BlockRatios, RatiosFile, Resolution
 from crdiff_core.errors import ModelError, PruningError, RatiosError
 from crdiff_core.models import Model
-from crdiff_core.poa import POADenoiser
+from crdiff_core.poa import POADenoiser, bake
 from crdiff_core.pruning import num_prunable
 from crdiff_core.ratios import GROUPS, group_of
 from tests.core.conftest import CPU
@@ -322,9 +322,13 @@ def test_a_file_of_another_models_weights_is_refused(sd_pipe, tmp_path):
         crdiff_core.apply(sd_pipe, path)
 
 
-@pytest.mark.parametrize("model", ["sdxl", "SD1.5", "sd2.1"])
-def test_a_reference_file_of_another_of_the_papers_models_is_refused(sd_pipe, tmp_path, model):
-    path = reference_file(tmp_path / "file", model)
+@pytest.mark.parametrize(
+    ("spelling", "model"), [("sdxl", "sdxl"), ("SD1.5", "sd15"), ("sd2.1", "sd21")]
+)
+def test_a_reference_file_of_another_of_the_papers_models_is_refused(
+    sd_pipe, tmp_path, spelling, model
+):
+    path = reference_file(tmp_path / "file", spelling)
     with pytest.raises(RatiosError, match=f"ratios are of {model}, and this UNet attends to"):
         crdiff_core.apply(sd_pipe, path)
 
@@ -425,8 +429,87 @@ def test_saving_while_applied_does_not_spoil_saving_after_remove(sd_pipe, tmp_pa
     assert Model("small", str(tmp_path / "saved")).load(CPU).unet is not None
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
-def test_a_poa_weight_that_is_no_number_is_refused(sd_pipe, weight):
-    with pytest.raises(RatiosError, match="is not a finite number"):
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -0.1, 10.1])
+def test_a_poa_weight_out_of_range_is_refused(sd_pipe, weight):
+    with pytest.raises(RatiosError, match=r"poa_weight .* is outside \[0, 10\]: give 1 for"):
         crdiff_core.apply(sd_pipe, RATIOS, poa_weight=weight)
     assert not isinstance(sd_pipe.unet, POADenoiser)
+
+
+# Applied, for a block
+
+
+def test_within_the_block_cr_diff_is_applied_and_after_it_nothing_is_left(pipe):
+    unet, before = pipe.unet, snapshot(pipe.unet)
+    expected = draw(crdiff_core.apply(copy.deepcopy(pipe), RATIOS, poa_weight=1.2))
+    with crdiff_core.applied(pipe, RATIOS, poa_weight=1.2) as within:
+        assert within is pipe
+        assert torch.equal(draw(pipe), expected)
+    assert pipe.unet is unet
+    assert_same_bits(pipe.unet, before)
+
+
+def test_an_exception_ends_the_block_and_leaves_nothing_either(sd_pipe, tmp_path):
+    unet = sd_pipe.unet
+    with (
+        pytest.raises(ZeroDivisionError),
+        crdiff_core.applied(sd_pipe, ratios_file(tmp_path / "file", sd_pipe)),
+    ):
+        _ = 1 / 0
+    assert sd_pipe.unet is unet
+
+
+def test_after_the_block_earlier_ratios_are_back(sd_pipe, tmp_path):
+    file = ratios_file(tmp_path / "file", sd_pipe)
+    denoiser = crdiff_core.apply(sd_pipe, file).unet
+    expected = draw(sd_pipe)
+    with crdiff_core.applied(sd_pipe, BlockRatios(0.9, 0.0, 0.2), poa_weight=1.0):
+        assert sd_pipe.unet.ratios == BlockRatios(0.9, 0.0, 0.2)
+        draw(sd_pipe, "32x32")  # These ratios know no resolution to warn of.
+    assert sd_pipe.unet is denoiser
+    assert (denoiser.ratios, denoiser.poa_weight) == (RATIOS, 1.25)
+    assert torch.equal(draw(sd_pipe), expected)
+    with pytest.warns(UserWarning, match="ratios searched for latents of 8x12"):
+        draw(sd_pipe, "32x32")
+
+
+def test_blocks_nest(sd_pipe):
+    unet = sd_pipe.unet
+    with crdiff_core.applied(sd_pipe, RATIOS):
+        with crdiff_core.applied(sd_pipe, BlockRatios(up=0.2)):
+            pass
+        assert sd_pipe.unet.ratios == RATIOS
+        crdiff_core.remove(sd_pipe)  # By hand: leaving the block then has nothing to do.
+    assert sd_pipe.unet is unet
+
+
+def test_a_refused_file_opens_no_block(sd_pipe, tmp_path):
+    unet = sd_pipe.unet
+    with (
+        pytest.raises(RatiosError, match="ratios are of sdxl"),
+        crdiff_core.applied(sd_pipe, reference_file(tmp_path / "file", "sdxl")),
+    ):
+        pytest.fail("the block ran")
+    assert sd_pipe.unet is unet
+
+
+# Bake
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_baked_unet_is_the_pruned_one(sd_pipe, dtype):
+    sd_pipe.to(dtype=dtype)
+    expected = prune(copy.deepcopy(sd_pipe.unet))
+    unet = sd_pipe.unet
+    assert bake(sd_pipe, RATIOS) is sd_pipe
+    assert sd_pipe.unet is unet
+    assert torch.equal(call(unet), call(expected))
+    for name, weight in unet.named_parameters():
+        assert torch.equal(weight, expected.get_parameter(name)), name
+        assert weight.untyped_storage().nbytes() == weight.numel() * weight.element_size(), name
+
+
+def test_baking_ratios_of_zero_changes_nothing(sd_pipe):
+    before = snapshot(sd_pipe.unet)
+    bake(sd_pipe, BlockRatios())
+    assert_same_bits(sd_pipe.unet, before)

@@ -115,6 +115,20 @@ def test_a_resolution_is_read_as_it_is_written(height, width):
     assert Resolution.parse(str(resolution)) == resolution
 
 
+@pytest.mark.parametrize(
+    ("size", "native", "found"),
+    [
+        ("480x360", "1024x1024", "1184x888"),
+        ("1536x1536", "1024x1024", "1024x1024"),
+        ("400x560", "512x512", "432x608"),
+        ("24x40", "32x32", "24x40"),
+        ("8x4096", "32x32", "8x728"),
+    ],
+)
+def test_a_size_of_the_same_shape_and_the_native_area(size, native, found):
+    assert str(Resolution.parse(size).scaled_to(Resolution.parse(native))) == found
+
+
 @pytest.mark.parametrize("text", ["480", "480X360", "0x8", "-8x8", "8x8x8", "8.0x8", "", "a x b"])
 def test_what_is_no_resolution_is_refused(text):
     with pytest.raises(RatiosError, match="is not HEIGHTxWIDTH: write it as 480x360"):
@@ -146,6 +160,20 @@ def test_the_references_scripts_find_exactly_their_keys_first(tmp_path):
     assert list(written)[:3] == list(REFERENCE)
 
 
+# As the reference's scripts spell the models whose weights they can load.
+@pytest.mark.parametrize(
+    ("model", "spelling"),
+    [("sdxl", "sdxl"), ("sd15", "sd1.5"), ("sd21", "sd2.1"), ("shapes", "shapes")],
+)
+def test_a_models_name_is_written_as_the_reference_spells_it_and_read_back(
+    tmp_path, model, spelling
+):
+    file = RatiosFile(model, Resolution(480, 360), 0.71, BlockRatios(0.43, 0.5, 0.36), 1.5)
+    file.write(tmp_path / "file")
+    assert json.loads((tmp_path / "file").read_text())["model_config"]["name"] == spelling
+    assert RatiosFile.read(tmp_path / "file") == file
+
+
 def test_the_references_file_is_readable(tmp_path):
     assert RatiosFile.read(write(tmp_path / "file", REFERENCE)) == RatiosFile(
         model="sdxl",
@@ -173,6 +201,11 @@ def test_writing_leaves_no_draft_behind(tmp_path):
     ("content", "reason"),
     [
         pytest.param([], "model_config is missing or not an object", id="list"),
+        pytest.param(
+            {"down": 0.4, "mid": 0.5, "up": 0.3},
+            r"file has model_config \(name, width, height\), .*; give mere ratios by --down",
+            id="mere ratios",
+        ),
         pytest.param(None, "model_config is missing or not an object", id="null"),
         pytest.param(
             changed(model_config="sdxl"), "model_config is missing or not an object", id="model"
@@ -226,6 +259,14 @@ def test_writing_leaves_no_draft_behind(tmp_path):
         ),
         pytest.param(
             changed(poa_weight=math.inf), "poa_weight inf is not a number", id="infinite weight"
+        ),
+        *(
+            pytest.param(
+                changed(poa_weight=weight),
+                rf"poa_weight {weight} is outside \[0, 10\]: give 1 for the pruned",
+                id=f"weight {weight}",
+            )
+            for weight in (-1, 1_000_000_000.0)
         ),
         pytest.param(
             changed(pruning_method="mask"), "pruning_method 'mask' is unknown", id="method"

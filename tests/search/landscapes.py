@@ -63,6 +63,7 @@ def make_search(
     annealing=None,
     batching=None,
     run="this",
+    recipe=RECIPE,
     **arguments,
 ):
     """A search over `reward_of`; annealing: arguments of AnnealingSearch."""
@@ -73,9 +74,9 @@ def make_search(
         inner = baseline(searcher, SPACE, 3, num_evaluations=steps)
     return EvaluationSearch(
         inner,
-        space=Space(SPACE, RECIPE.poa_weight),
+        space=Space(SPACE, recipe.poa_weight),
         prompt_sets=PROMPTS,
-        recipe=RECIPE,
+        recipe=recipe,
         ledger=Ledger(folder, run=run, retry_failed=retry_failed),
         batching=batching or Batching(3),
         race=race,

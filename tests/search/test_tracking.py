@@ -26,7 +26,7 @@ def track(experiment, search, status="FINISHED", files=None, abandoned=tuple):
     tracker = Tracker(experiment, "key0", name, PARAMS, {"model": "analytic"}, abandoned)
     tell(tracker, search)
     metrics, tags = {"validation_difference": 0.01}, {"verdict": "better"}
-    tracker.finish(status, metrics, tags, files or {}, patience_s=60)
+    tracker.finish(status, metrics, tags, lambda: files or {}, patience_s=60)
     return tracker
 
 
@@ -129,7 +129,7 @@ def test_a_killed_driver_leaves_a_whole_database_or_none(search, tmp_path):
         assert tracker.error is None
         time.sleep(0.001)
     shutil.copy(database, copy)  # What there would be, had it been killed now.
-    tracker.finish("FINISHED", {}, {}, {}, patience_s=60)
+    tracker.finish("FINISHED", {}, {}, dict, patience_s=60)
 
     assert tracker.error is None
     assert version(copy) == version(database) != []
@@ -159,7 +159,7 @@ def test_a_stopped_evaluation_is_a_child_that_says_how_far_it_got(experiment, tm
     work(search)
     track(experiment, search)
     _, _, children = runs(experiment)
-    stopped = [run for run in children if "stopped" in run.data.tags]
+    stopped = [run for run in children if run.data.tags["status"] == "stopped"]
 
     assert len(stopped) == sum(evaluation.is_stopped for evaluation in search.evaluations) > 0
     assert all(0 < int(run.data.params["num_prompts"]) < 7 for run in stopped)

@@ -51,6 +51,8 @@ class Analytic(RatioTrial):
             sparsity=self.config["ratios"],
             seconds={"render": self.batch_s},
             batch_size=len(prompts),
+            memory_gib=None,
+            pictures={},
         )
         return {"measured": measured, "done": True}
 
