@@ -192,7 +192,8 @@ class Progress:
         return view
 
     def _rows(self, now: Standing, search: EvaluationSearch) -> Iterator[tuple[str, Text]]:
-        yield "best", Text(_standing(now).removeprefix("best "))
+        name = "so far" if now.best is None else "best"
+        yield name, Text(_standing(now).removeprefix("best "))
         if now.comparison is not None:
             difference, low, high = (
                 now.comparison.difference,

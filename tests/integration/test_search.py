@@ -19,6 +19,8 @@ from mlflow import MlflowClient
 import crdiff_core
 from crdiff_core.models import Model
 from search.export import load_plan
+from search.runs import Run
+from search.storage import Storage
 from tests.integration.conftest import SECRETS, search
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +47,18 @@ def test_without_a_terminal_progress_is_plain_lines(finished):
     assert "11/11 evaluations, best " in finished.printed
     assert "\x1b" not in finished.printed
     assert "\r" not in finished.printed
+
+
+def test_the_list_of_searches_says_what_it_found(finished):
+    run = Run.read(Storage.at(finished.folder))
+    exported = json.loads((finished.folder / "best_ratios.json").read_text())
+
+    assert (run.state, run.num_steps, run.max_steps) == ("finished", 4, 4)
+    assert run.num_pictures == drawn(finished.printed)
+    assert run.ratios[1] == exported["best_global_params_ratio"]["mid_ratio"]
+    assert run.comparison.num_prompts == 8
+    recorded = json.loads((finished.folder / "run.json").read_text())["standing"]
+    assert tuple(recorded["ratios"]) == run.ratios
 
 
 def test_the_same_command_draws_nothing_and_answers_the_same(finished):
