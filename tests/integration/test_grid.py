@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -83,7 +84,7 @@ def test_a_cell_that_dies_costs_only_itself(ended, output):
 
     assert code == 2, errors
     assert "cell 2 of 2: shapes_24x32" in printed
-    assert "shapes_24x32: 5/6 evaluations, best " in printed  # Nothing to compare again.
+    assert re.search(r"^shapes_24x32: \d/\d evaluations, ", printed, re.MULTILINE)
     assert killed["status"] == "failed"
     assert "its process was ended by SIGKILL" in killed["reason"]
     assert errors.startswith("error: shapes_24x24: its process was ended by SIGKILL")
