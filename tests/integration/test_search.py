@@ -388,4 +388,5 @@ def test_a_wheel_works_from_any_folder(tmp_path):
 
     # It composed its own conf, found its own weights, and only then refused.
     assert found.stdout.splitlines()[0] == str(site / "search" / "conf")
+    assert (site / "search" / "templates" / "report.html").is_file()
     assert "distinct prompts and 100000 search" in found.stderr
