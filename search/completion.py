@@ -16,7 +16,7 @@ import hydra
 
 from search.run import CONF
 
-_OPTIONS = ("--help", "-v")
+_OPTIONS = ("--help", "-m", "-v")
 # The part of a command line that is ours.
 _OURS = re.compile(r"(?:^|\s)(?:(?:\S*/)?crdiff-search|-m\s+search\.run)\s+(.*)", re.DOTALL)
 # Nothing else is looked at: no path, nothing that is quoted or interpolated.
