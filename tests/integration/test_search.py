@@ -238,7 +238,7 @@ def test_mlflow_has_a_parent_run_and_a_child_for_each_evaluation(finished):
     parents = [run for run in runs if "crdiff.run" in run.data.tags]
 
     assert len(parents) == 1
-    assert len(runs) == 1 + 10
+    assert len(runs) == 1 + 11
     assert {"best_reward", "reward", "temperature", "dense_reward"} <= set(parents[0].data.metrics)
 
 
@@ -298,7 +298,7 @@ def test_sync_fills_what_mlflow_has_lost(finished, tmp_path):
     assert done.stdout == f"{output}/shapes_24x40/annealing-seed0: 10 evaluations, FINISHED\n"
     client = MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("crdiff-search").experiment_id])
-    assert len(runs) == 1 + 10
+    assert len(runs) == 1 + 11
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
