@@ -18,7 +18,7 @@ from tests.integration.test_search import drawn
 SIZE = (16, 24)
 
 
-@pytest.fixture(scope="module", params=["sdxl", "sd15"])
+@pytest.fixture(scope="module", params=["sdxl", pytest.param("sd15", marks=pytest.mark.slow)])
 def searched(request, tmp_path_factory, environment, sd_folder, sdxl_folder):
     """One search of each: its name, its model's folder, its own folder and what it printed."""
     folder = {"sdxl": sdxl_folder, "sd15": sd_folder}[request.param]
@@ -34,6 +34,7 @@ def searched(request, tmp_path_factory, environment, sd_folder, sdxl_folder):
         "reward=shapes",
         "prompts=shapes",
         "render.num_steps=2",
+        "report.pictures=2",
         *(("render.size_conditioning=native",) if request.param == "sdxl" else ()),
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -64,7 +65,9 @@ def test_mlflow_has_an_evaluation_for_every_ratio_triple(searched):
 
     assert [run.info.status for run in runs] == ["FINISHED"] * len(runs)
     assert [run.data.tags["model"] for run in parents] == [name]
-    assert len(runs) == 1 + 10
+    # Dense, four triples, three of them again, winner and dense again, and for the report the
+    # pruned model alone and the dense one at its native size.
+    assert len(runs) == 1 + 12
 
 
 def test_the_exported_file_works_in_diffusers_code(searched):
