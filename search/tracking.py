@@ -201,6 +201,8 @@ class Tracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         # A server's client would print two lines for every run.
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        # It would tell its makers what is called, over the internet.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
 
         take_over()
@@ -408,8 +410,11 @@ class Tracker:
 def _name(evaluation: Evaluation) -> str:
     if evaluation.kind == "resized":
         return f"dense, resized from {evaluation.candidate.drawn_at}"
-    is_dense = evaluation.ratios.is_dense
-    return evaluation.kind if is_dense else f"{evaluation.kind} {evaluation.ratios}"
+    if evaluation.ratios.is_dense:
+        return evaluation.kind
+    # MLflow's list shows about so many letters; what kind it is has a column.
+    ratios = "/".join(f"{evaluation.ratios[group]:.2f}" for group in GROUPS)
+    return ratios if evaluation.kind == "search" else f"{ratios} {evaluation.kind}"
 
 
 def _make_database(uri: str) -> None:
