@@ -109,9 +109,9 @@ class TrackedSearch:
             self._chart(dense)
 
     def _difference(self, evaluation: Evaluation) -> dict[str, float]:
-        """Compare an evaluation with the dense model, if that drew the same prompts."""
+        """Compare an evaluation with its baseline, if both are complete."""
         prompts = evaluation.prompts.prompts
-        is_comparable = evaluation.is_complete and evaluation.kind not in _BASELINES.values()
+        is_comparable = evaluation.is_complete and evaluation.kind in _BASELINES
         if not is_comparable or any(prompt not in self._dense for prompt in prompts):
             return {}
         gains = [
