@@ -20,15 +20,13 @@ from types import FrameType
 from typing import TextIO
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from crdiff_core.errors import CRDiffError
 from search.cluster import LOCAL, connect, num_workers
 from search.config import ClusterSettings, Config, ConfigError
 from search.grid_report import (
     MARKDOWN_FILE,
-    RATIOS_HEAD,
-    REWARDS_HEAD,
     TABLE_FILE,
     Row,
     markdown_table,
@@ -392,18 +390,15 @@ class _Prefixed:
 
 
 def _show(console: Console, rows: Sequence[Row]) -> None:
-    for head, table in ((REWARDS_HEAD, rewards_table(rows)), (RATIOS_HEAD, ratios_table(rows))):
+    for table in (rewards_table(rows), ratios_table(rows)):
         console.print()
-        shown = [number for number in range(len(head)) if any(each[number] for each in table)]
-        names = [head[number] for number in shown]
-        lines = [[each[number] for number in shown] for each in table]
         if console.is_terminal:
-            rich = Table(*names)
-            for line in lines:
+            rich = RichTable(*table.head)
+            for line in table.rows:
                 rich.add_row(*line)
             console.print(rich, markup=False, soft_wrap=False)
         else:
-            console.print(markdown_table(names, lines), markup=False, end="")
+            console.print(markdown_table(table), markup=False, end="")
     console.print()
 
 

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 from plotly.graph_objects import Figure, Scatter
@@ -258,16 +258,29 @@ def write_grid(output: Storage, rows: Sequence[Row], command: str) -> Storage:
     return output / GRID_FILE
 
 
-RATIOS_HEAD = ("Model", "Resolution", "r_down", "r_mid", "r_up", "k", "paper: down / mid / up")
-REWARDS_HEAD = (
+class Table(NamedTuple):
+    """A table's head and rows, without the columns that say nothing."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+    @classmethod
+    def of(cls, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+        """Leave out what is empty in every row, as the paper's figures for cells not its own."""
+        shown = [number for number in range(len(head)) if any(each[number] for each in rows)]
+        return cls([head[n] for n in shown], [[each[n] for n in shown] for each in rows])
+
+
+_RATIOS_HEAD = ("Model", "Resolution", "r_down", "r_mid", "r_up", "k", "paper: down / mid / up")
+_REWARDS_HEAD = (
     *("Model", "Resolution", "Verdict", "Reward", "Dense", "CR-Diff", "Difference"),
     *("95% interval", "k", "paper: dense", "paper: pruned", "paper: CR-Diff", "paper: difference"),
 )
 
 
-def ratios_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Return the cells of a table in the shape of the paper's table 6, and its own beside."""
-    return [
+def ratios_table(rows: Sequence[Row]) -> Table:
+    """Return a table in the shape of the paper's table 6, its own ratios beside."""
+    table = [
         [
             *_first_columns(rows, each),
             *([f"{each.found.ratios[group]:.3f}" for group in GROUPS] if each.found else [""] * 3),
@@ -276,10 +289,11 @@ def ratios_table(rows: Sequence[Row]) -> list[list[str]]:
         ]
         for each in rows
     ]
+    return Table.of(_RATIOS_HEAD, table)
 
 
-def rewards_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Return the cells of a table in the shape of the paper's table 1, and its own beside."""
+def rewards_table(rows: Sequence[Row]) -> Table:
+    """Return a table in the shape of the paper's table 1, its own rewards beside."""
     table = []
     for each in rows:
         found, paper, ours = each.found, each.paper, [""] * 4
@@ -294,7 +308,7 @@ def rewards_table(rows: Sequence[Row]) -> list[list[str]]:
         weight = f"{found.poa_weight:.3g}" if found else ""
         reward = found.reward if found else ""
         table.append([*_first_columns(rows, each), each.verdict, reward, *ours, weight, *theirs])
-    return table
+    return Table.of(_REWARDS_HEAD, table)
 
 
 def _first_columns(rows: Sequence[Row], each: Row) -> list[str]:
@@ -302,9 +316,10 @@ def _first_columns(rows: Sequence[Row], each: Row) -> list[str]:
     return [each.model, f"{each.res} {each.search}" if several else each.res]
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(table: Table) -> str:
     """Return a Markdown table; what the cells say is text, whatever it looks like."""
-    lines = [list(head), ["---"] * len(head), *([_plain(cell) for cell in each] for each in rows)]
+    head, rows = table
+    lines = [head, ["---"] * len(head), *([_plain(cell) for cell in each] for each in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -318,9 +333,9 @@ def _markdown(rows: Sequence[Row], command: str) -> str:
     parts = [
         "# Grid of searches\n",
         "## Rewards, as in the paper's table 1\n",
-        markdown_table(REWARDS_HEAD, rewards_table(rows)),
+        markdown_table(rewards_table(rows)),
         "## Best ratios, as in the paper's table 6\n",
-        markdown_table(RATIOS_HEAD, ratios_table(rows)),
+        markdown_table(ratios_table(rows)),
         "".join(f"{note}\n\n" for note in _notes(rows)).strip() + "\n",
     ]
     if open_rows := [each for each in rows if not each.found]:
@@ -363,9 +378,7 @@ def _html(rows: Sequence[Row], command: str) -> bytes:
         said=_said,
         differences=_differences(rows),
         ratios=_ratios(rows),
-        ratios_head=RATIOS_HEAD,
         ratios_table=ratios_table(rows),
-        rewards_head=REWARDS_HEAD,
         rewards_table=rewards_table(rows),
         notes=_notes(rows),
         command=command,
