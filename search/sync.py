@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -261,7 +262,7 @@ def _ledger_extract(plan: Plan) -> bytes:
             rows[name] = number
             (has_failed.add if reward is None else has_failed.discard)(name)
     data = io.BytesIO()
-    pq.write_table(table.take(list(rows.values())), data)
+    pq.write_table(table.take(pa.array(rows.values(), pa.int64())), data)
     return data.getvalue()
 
 

@@ -1022,7 +1022,7 @@ TABLE: dict[str, tuple[Action, Any]] = {
     "draw: a ratio of text": (drawn(*BY_HAND, "--up", "x"), Error("invalid float value: 'x'")),
     "draw: a weight of NaN": (
         drawn(*BY_HAND, "--poa-weight", "nan"),
-        Error("--poa-weight nan: give a finite"),
+        Error("poa_weight nan is outside [0, 10]"),
     ),
     "draw: endless guidance": (
         drawn(*BY_HAND, "--guidance", "inf"),

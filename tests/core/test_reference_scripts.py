@@ -14,6 +14,7 @@ from PIL import Image
 import crdiff_core
 from crdiff_core import BlockRatios, RatiosFile, Resolution, bake, generate
 from crdiff_core.models import Model
+from crdiff_core.sheet import GAP
 from tests.core.conftest import CPU
 from tests.core.test_poa import draw, prune
 
@@ -100,7 +101,7 @@ def test_generate_draws_theirs_as_their_poa_does(sd_folder, their_file, tmp_path
     assert drawing.resolution == Resolution(height=16, width=24)
     assert generate.main(arguments) == 0
     with Image.open(out) as sheet:
-        assert sheet.width == 2 * 24 + 3 * generate.GAP
+        assert sheet.width == 2 * 24 + 3 * GAP
 
 
 def test_bake_saves_from_theirs_what_they_would_save(sd_folder, their_file, tmp_path):

@@ -24,10 +24,8 @@ SETTINGS = {
     "mlflow.assistant.panelOpen_v1": "false",
     "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true",
 }
-BY_STEP = {
-    *("acceptance_rate", "best_reward", "dense_reward", "num_failed"),
-    *("pictures_per_second", "reward", "temperature"),
-}
+# Of every search; that of an acceptance rate begins with the first decision.
+BY_STEP = {"best_reward", "dense_reward", "num_failed", "pictures_per_second", "reward"}
 RATIOS = ["ratio_down", "ratio_mid", "ratio_up"]
 # What each page may take to show what it is for; the first loads megabytes of scripts.
 PATIENCE_MS = 60_000
@@ -42,6 +40,12 @@ class Tracked:
         runs = client.search_runs([self.experiment.experiment_id])
         (self.parent,) = (run for run in runs if RUN_TAG in run.data.tags)
         self.children = [run for run in runs if EVALUATION_TAG in run.data.tags]
+        # Of a figure with one point MLflow draws a bar.
+        self.by_step = {
+            key
+            for key in self.parent.data.metrics
+            if len(client.get_metric_history(self.parent.info.run_id, key)) > 1
+        }
         self.name = self.parent.info.run_name
         self.uri = uri
         self.pages = f"{uri}/#/experiments/{self.experiment.experiment_id}/runs"
@@ -98,7 +102,8 @@ def test_a_searchs_page_begins_with_what_came_of_it(page, tracked, screenshots):
 def test_a_search_has_a_chart_of_each_figure_by_step(page, tracked, screenshots):
     page.goto(f"{tracked.pages}/{tracked.parent.info.run_id}/model-metrics")
     found = page.get_by_placeholder("Search metric charts")
-    for name in sorted(BY_STEP):
+    assert tracked.by_step >= BY_STEP
+    for name in sorted(tracked.by_step):
         found.fill(f"^{name}$")
         page.locator(".js-plotly-plot .scatterlayer .trace").first.wait_for()
         page.get_by_text(name, exact=True).first.wait_for()

@@ -303,6 +303,7 @@ def test_sync_fills_what_mlflow_has_lost(finished, tmp_path):
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
+@pytest.mark.slow
 def test_another_searcher_of_the_cell_shares_the_ledger(finished):
     _, done = search(finished.output, finished.environment, "searcher=random", "tracking=none")
 

@@ -206,7 +206,7 @@ def test_the_report_has_the_verdict_links_and_reasons(written):
     page = read(written, GRID_FILE)
 
     assert '<a href="sdxl_480x360/annealing-seed0/report.html">sdxl_480x360</a>' in page
-    assert page.index("1 better") < page.index("1 failed") < page.index("<table")
+    assert page.index("Better: 1 of ") < page.index("failed: 1 of ") < page.index("<table")
     assert "shapes_24x40/tpe-seed0/report.html" not in page  # It has written none.
     assert "also tried the paper&#39;s ratios" in page
 

@@ -14,7 +14,7 @@ from search.plan import Plan
 from search.run import _compose
 from search.sync import Charts, TrackedSearch, _experiment
 from tests.search.landscapes import make_search, work
-from tests.search.test_report import searched
+from tests.search.test_report import make_plan, searched
 
 
 @pytest.fixture
@@ -175,3 +175,17 @@ def test_the_ledgers_extract_has_each_picture_of_the_search_once(tracked):
     assert {row["failure"] for row in rows if row["reward"] is None} == {
         "black pictures & <b>no</b> light"
     }
+
+
+def test_a_search_that_failed_before_it_drew_is_in_mlflow_too(tmp_path):
+    plan = make_plan(tmp_path)
+    plan.search.fail("no GPU")
+    in_mlflow = TrackedSearch(plan)
+    in_mlflow.close("FAILED", patience_s=120.0)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (only,) = client.search_runs([in_mlflow.tracker.experiment_id])
+
+    assert in_mlflow.tracker.error is None
+    assert only.info.status == "FAILED"
+    assert only.data.tags["failure"] == "no GPU"
+    assert "no GPU" in only.data.tags["mlflow.note.content"]
