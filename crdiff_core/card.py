@@ -203,7 +203,7 @@ def _poa_weight(file: RatiosFile) -> float:
 def _escaped(text: str) -> str:
     """Return a text for Markdown in which nothing of it is markup, in one line."""
     line = " ".join(text.split())[:_LONGEST]
-    return re.sub(r"([\\`*_{}\[\]()#!|~])", r"\\\1", html.escape(line))
+    return re.sub(r"([\\`*_{}\[\]()#!|~])", r"\\\1", html.escape(line, quote=False))
 
 
 def _mapping(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ import io
 import math
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -69,8 +70,9 @@ def evaluate(
         return _measure(work, began)
     except (RenderError, RewardError):
         pass  # Only after it does the exception let go of the pictures in its frames.
+    wasted_s = _now(replica.device) - began
     with replica.carefully():
-        return _measure(work, began)
+        return _measure(work, _now(replica.device), wasted_s)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class _Work:
     keep: Collection[int]
 
 
-def _measure(work: _Work, began: float) -> Measurement:
+def _measure(work: _Work, began: float, wasted_s: float = 0.0) -> Measurement:
+    """Measure once. wasted_s: what a try that failed before took, which was paid too."""
     replica, prompts, reward = work.replica, work.prompts, work.reward
     on_gpu = replica.device.type == "cuda"
     if on_gpu:
@@ -104,6 +107,7 @@ def _measure(work: _Work, began: float) -> Measurement:
             raise RewardError(f"reward {reward.name} of {prompt.text!r} is {value}: not a score")
     stages = ("prune", "render", "score")
     seconds = {stage: marks[i + 1] - marks[i] for i, stage in enumerate(stages)}
+    seconds["render"] += wasted_s
     peak = torch.cuda.max_memory_allocated(replica.device) / (1 << 30) if on_gpu else None
     return Measurement(
         rewards,
@@ -111,8 +115,15 @@ def _measure(work: _Work, began: float) -> Measurement:
         seconds,
         batch_size=min(len(prompts), replica.batch_limit),
         memory_gib=peak,
-        pictures={place: encoded(images[place]) for place in sorted(work.keep)},
+        pictures=_kept(images, work.keep),
     )
+
+
+def _kept(images: Tensor, places: Collection[int]) -> dict[int, bytes]:
+    """Encode what is to be kept; none of it is worth the rewards that are there by now."""
+    with suppress(RuntimeError, OSError, ValueError):
+        return {place: encoded(images[place].cpu()) for place in sorted(places)}
+    return {}
 
 
 def resized(images: Tensor, size: Resolution) -> Tensor:

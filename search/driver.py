@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import pickle
 import signal
 import tempfile
@@ -151,7 +152,8 @@ def _run(plan: Plan, command: str, progress: Progress, cluster: ClusterSettings)
 
 def _report(plan: Plan) -> Storage | None:
     """Write the report; whatever comes of it, the search has its result."""
-    if not plan.search.num_drawn and REPORT_FILE in plan.folder.files():
+    written = plan.folder.files()
+    if written.get(REPORT_FILE, 0.0) >= written.get(RATIOS_FILE, math.inf):  # It is of these.
         return plan.folder / REPORT_FILE
     try:
         # It takes seconds to import what draws charts.

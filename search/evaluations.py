@@ -228,6 +228,8 @@ class Evaluations:
             measured: Measurement = result["measured"]
             self._record(evaluation, batch, measured)
             self._keep(evaluation, batch, measured.pictures)
+            # Ray Tune holds every trial's result to the end, and writes it into its own files.
+            measured.pictures.clear()
             evaluation.num_rendered += len(measured.rewards)
             evaluation.missing.difference_update(batch)
             seconds = sum(measured.seconds.values())

@@ -54,7 +54,9 @@ def write_ratios(plan: Plan) -> Storage:
         poa_weight=winner.candidate.poa_weight,
         provenance=_provenance(plan, winner),
     )
-    plan.folder.write(RATIOS_FILE, found.as_json().encode())
+    data = found.as_json().encode()
+    if plan.folder.read(RATIOS_FILE) != data:  # Else it stays as old as it is.
+        plan.folder.write(RATIOS_FILE, data)
     return plan.folder / RATIOS_FILE
 
 
@@ -184,7 +186,10 @@ def load_plan(place: str | Path) -> Plan:
             f"command in its {RUN_FILE} again, the ledger has its rewards"
         )
     # The folder may have been moved: its own place counts, not the one it was made at.
-    plan = Plan.make(Config.parse({**raw, "output": str(folder.parent.parent)}))
+    raw["output"] = str(folder.parent.parent)
+    if isinstance(raw.get("trial"), dict):  # What failed then is not to be evaluated again now.
+        raw["trial"] = {**raw["trial"], "retry_failed": False}
+    plan = Plan.make(Config.parse(raw))
     if plan.key != key:
         raise ConfigError(
             f"{folder} was made with another model, reward or prompts than these settings give "

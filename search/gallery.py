@@ -59,8 +59,9 @@ def groups(plan: Plan) -> list[Group]:
     if plan.config.report.pictures == 0:
         return []
     columns, chosen = _of_validation(plan) or _of_search(plan)
+    pictures = Pictures(plan.folder.parent / "pictures")
     return [
-        Group(title, note, _rows(plan, columns, prompts))
+        Group(title, note, _rows(plan, pictures, columns, prompts))
         for title, note, prompts in chosen
         if prompts and columns
     ]
@@ -114,9 +115,8 @@ def _means(columns: Sequence[_Column], prompts: Sequence[Prompt]) -> str:
 
 
 def _rows(
-    plan: Plan, columns: Sequence[_Column], prompts: Sequence[Prompt]
+    plan: Plan, pictures: Pictures, columns: Sequence[_Column], prompts: Sequence[Prompt]
 ) -> list[tuple[Prompt, list[Cell]]]:
-    pictures = Pictures(plan.folder.parent / "pictures")
     is_small = max(plan.recipe.height, plan.recipe.width) < _SMALL
     by_column = []
     for column in columns:

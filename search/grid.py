@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 _WORKERS_OF_A_CELL = 8
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LOOK_S = 1.0
+# More than a pipe holds would wait for whoever reads it, who waits for the end.
+_LONGEST_REASON = 1000
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,10 @@ def run_grid(cells: Sequence[Cell], command: str, console: Console, is_verbose: 
 
 def _row(cell: Cell, failure: str) -> Row:
     try:
-        return row(Plan.make(cell.config), cell.command, failure)
+        # As it went: what failed is not to be evaluated again now.
+        trial = cell.config.trial.model_copy(update={"retry_failed": False})
+        config = cell.config.model_copy(update={"trial": trial})
+        return row(Plan.make(config), cell.command, failure)
     except CRDiffError as error:
         reason = failure or one_line(str(error))
         return Row(cell.name, cell.folder, "failed", reason, cell.command)
@@ -221,8 +226,12 @@ class _Session:
         with _handled(self._stop):
             try:
                 while self._running or (waiting and self.stopped_by is None):
-                    while waiting and self._shares and self.stopped_by is None:
-                        number, cell = waiting.popleft()
+                    while self._shares and self.stopped_by is None:
+                        ready = next((e for e in waiting if self._may_begin(e[1])), None)
+                        if ready is None:
+                            break
+                        waiting.remove(ready)
+                        number, cell = ready
                         self._say(f"cell {number} of {len(cells)}: {cell.name}")
                         self._begin(cell)
                     for sentinel in wait(list(self._running), timeout=_LOOK_S):
@@ -233,6 +242,11 @@ class _Session:
                 self._stop_all(signal.SIGTERM)
                 for running in self._running.values():
                     running.process.join()
+
+    def _may_begin(self, cell: Cell) -> bool:
+        """Whether none runs that shares its ledger: both would draw the dense model."""
+        place = cell.folder.partition("/")[0]
+        return all(e.cell.folder.partition("/")[0] != place for e in self._running.values())
 
     def _begin(self, cell: Cell) -> None:
         share = self._shares.pop(0)
@@ -334,7 +348,7 @@ def _run_cell(cell: Cell, cluster: ClusterSettings, is_verbose: bool, says: Conn
     except Exception as error:
         log.exception("the cell failed")
         reason = one_line(f"{type(error).__name__}: {error}")
-    says.send(reason)
+    says.send(reason[:_LONGEST_REASON])
 
 
 def _search(cell: Cell, cluster: ClusterSettings) -> None:

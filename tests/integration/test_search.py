@@ -338,14 +338,10 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(tmp_path, environment, fi
     assert "nothing measured is lost. To go on: python -m search.run" in errors
     assert "Traceback" not in errors
 
-    _, done = search(tmp_path, environment)
-    assert done.returncode == 0, done.stderr
-    assert known + drawn(done.stdout) == drawn(finished.printed)
-    folders = tmp_path / "shapes_24x40/annealing-seed0", finished.folder
-    found, whole = (json.loads((each / "best_ratios.json").read_text()) for each in folders)
-    assert found["best_global_params_ratio"] == whole["best_global_params_ratio"]
-    # Batches of other sizes give other last digits.
-    assert found["best_avg_score"] == pytest.approx(whole["best_avg_score"], abs=1e-5)
+    # Going on to the same end is tested with harder ways to stop: tests/integration/faults.
+    plan = load_plan(tmp_path / "shapes_24x40" / "annealing-seed0")
+    assert not plan.search.replay()
+    assert plan.search.num_known == known > 0
 
 
 def test_a_wheel_works_from_any_folder(tmp_path):

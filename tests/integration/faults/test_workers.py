@@ -110,6 +110,7 @@ def test_a_batch_that_workers_go_wrong_on_again_and_again_fails(
     assert search.winner is not None
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_between_two_batches_changes_nothing(tmp_path, module_ray):
     """Ray Tune does not notice before it hands that worker the next one."""
     search, undisturbed = small(tmp_path / "ledger"), small(tmp_path / "undisturbed")
