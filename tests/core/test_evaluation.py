@@ -193,6 +193,30 @@ def test_resizing_is_pils_bicubic():
     assert small.permute(1, 2, 0).numpy() == pytest.approx(wanted, abs=5 / 255)
 
 
+def test_a_try_that_failed_counts_as_rendering(replica):
+    class Late(Brightness):
+        num_calls = 0
+
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
+            self.num_calls += 1
+            if self.num_calls == 1:
+                time.sleep(0.5)
+                return [math.nan] * len(images)
+            return super().__call__(images, prompts)
+
+    seconds = evaluate(replica, RATIOS, PROMPTS[:1], Late()).seconds
+    assert seconds["render"] >= 0.5 > seconds["prune"] + seconds["score"]
+
+
+def test_a_picture_that_cannot_be_encoded_costs_no_reward(replica, monkeypatch):
+    def fail(image: Tensor) -> bytes:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("crdiff_core.evaluation.encoded", fail)
+    measured = evaluate(replica, RATIOS, PROMPTS, Brightness(), keep=[0])
+    assert (len(measured.rewards), measured.pictures) == (3, {})
+
+
 class Broken:
     """Breaks what the decoder makes, as long as it is told to."""
 

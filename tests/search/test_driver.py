@@ -1,6 +1,7 @@
 """The driver: what it does to a run's folder, and what a report that fails costs."""
 
 import json
+import os
 
 import pytest
 
@@ -65,3 +66,12 @@ def test_a_run_that_drew_nothing_keeps_its_report(plan):
 
     assert _report(made) == made.folder / REPORT_FILE
     assert made.folder.read(REPORT_FILE) == f"{REPORT_FILE} of {made.key}".encode()
+
+
+def test_a_report_older_than_the_ratios_is_written_again(plan, monkeypatch):
+    made = begun(plan())
+    newer = made.folder.files()[REPORT_FILE] + 5
+    os.utime(made.folder.local / RATIOS_FILE, (newer, newer))
+    monkeypatch.setattr(search.report, "write_report", lambda plan: plan.folder / "written")
+
+    assert _report(made) == made.folder / "written"

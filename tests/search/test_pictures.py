@@ -211,3 +211,18 @@ def test_a_warm_start_takes_no_resized_picture_for_the_dense_model(tmp_path):
 
     assert NATIVE in {candidate.drawn_at for candidate in candidates}
     assert {candidate.drawn_at for candidate in second.warm_start} == {"requested"}
+
+
+def test_no_picture_stays_in_a_trials_result(tmp_path):
+    search = make_search(tmp_path / "ledger", steps=5, pictures=kept(tmp_path / "pictures"))
+    draw = drawing(search, [])
+    reported = []
+
+    def outcome(ratios, prompts):
+        reported.append(draw(ratios, prompts))
+        return reported[-1]
+
+    work(search, outcome=outcome)
+
+    assert [each["measured"].pictures for each in reported] == [{}] * len(reported)
+    assert any(kept(tmp_path / "pictures").get(search.winner.key, PROMPTS["search"].prompts))
