@@ -275,7 +275,7 @@ def _where(plan: Plan, evaluations: Sequence[Evaluation]) -> dict[str, object]:
 
 
 def _importance(space: Space, evaluations: Sequence[Evaluation]) -> dict[str, float] | str:
-    """Return the share of the reward's variance that each dimension explains, or why not.
+    """Return what each dimension alone explains of the variance, scaled to sum to 1; or why not.
 
     By functional ANOVA over random forests (Hutter et al. 2014), as Optuna has it.
     """
