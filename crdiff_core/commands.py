@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from crdiff_core.errors import CRDiffError, RatiosError
 from crdiff_core.models import EMBEDDED, Model
+from crdiff_core.numerics import make_reproducible
 from crdiff_core.ratios import GROUPS, BlockRatios, RatiosFile
 
 
@@ -54,6 +55,7 @@ def run(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str
     """Run a command and return its exit code; errors and warnings become one line each."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    make_reproducible()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: warn(message)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from crdiff_core.numerics import make_reproducible
 from search.config import ClusterSettings, ConfigError
 from search.logs import take_over
 
@@ -20,11 +21,12 @@ LOCAL = "local"
 
 
 def prepare_environment(settings: ClusterSettings) -> None:
-    """Set what Ray reads from the environment; call it before anything imports Ray.
+    """Set what Ray and MKL read from the environment; call it before anything imports Ray.
 
     A cluster of our own listens on loopback alone and is closed by a random token;
     RAY_AUTH_MODE=disabled leaves the token out.
     """
+    make_reproducible()
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
+from crdiff_core.numerics import make_reproducible
+
 # torch and all that needs it are imported by the first step: see RatioTrial.
 if TYPE_CHECKING:
     from crdiff_core.models import Model
@@ -62,6 +64,7 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
         self._broken: str | None = None
 
     def _load(self) -> None:
+        make_reproducible()  # A remote worker does not inherit the driver's environment.
         import torch
 
         from crdiff_core.errors import CRDiffError, ModelError, RewardError

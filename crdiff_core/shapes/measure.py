@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from crdiff_core.evaluation import evaluate
 from crdiff_core.models import Model
+from crdiff_core.numerics import make_reproducible
 from crdiff_core.prompts import Prompt, split_prompts
 from crdiff_core.ratios import DEFAULT_POA_WEIGHT, GROUPS, BlockRatios, Resolution
 from crdiff_core.replica import Replica, choose_device
@@ -180,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)
+    make_reproducible()
     began = time.perf_counter()
     wanted = {
         "sizes": options.prompts,

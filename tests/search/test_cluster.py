@@ -16,18 +16,19 @@ def variables(monkeypatch):
     return os.environ
 
 
+SETTINGS = ClusterSettings(
+    name="any",
+    address="local",
+    device="auto",
+    cpus_per_trial=1,
+    gpus_per_trial=1.0,
+    num_workers=None,
+    gpu_hour_price=None,
+)
+
+
 def prepare(address):
-    prepare_environment(
-        ClusterSettings(
-            name="any",
-            address=address,
-            device="auto",
-            cpus_per_trial=1,
-            gpus_per_trial=1.0,
-            num_workers=None,
-            gpu_hour_price=None,
-        )
-    )
+    prepare_environment(SETTINGS.model_copy(update={"address": address}))
 
 
 @pytest.mark.parametrize("given", [{}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "known"}])
