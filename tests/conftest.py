@@ -2,15 +2,30 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import urllib.request
+from pathlib import Path
+from unittest import mock
 
 import hypothesis
 import pytest
+from filelock import FileLock
+
+pytest.register_assert_rewrite("tests.searches")
+
+from crdiff_core.numerics import make_reproducible  # noqa: E402
+from tests import searches  # noqa: E402
+
+TESTS = Path(__file__).parent
+# The folders whose tests are a tier of their own, with the marker of the same name.
+TIERS = {"services", "faults"}
 
 # No test is timed: a machine that is taken would fail it.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+# Before torch computes anything, and for every process that a test starts.
+make_reproducible()
 # Before torch is imported: the tests' processes share the cores, and threads that wait for one
 # another cost several times what they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +38,50 @@ os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What a person has in the real one must not decide over a test.
 os.environ["HF_HUB_CACHE"] = os.path.join(tempfile.gettempdir(), "crdiff-tests-without-hub-cache")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what lies in a tier's folder, but for what is of another tier."""
+    for item in items:
+        if not any(item.iter_markers("slow")) and not any(item.iter_markers("gpu")):
+            for tier in TIERS.intersection(item.path.relative_to(TESTS).parts):
+                item.add_marker(tier)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory, worker_id):
+    """A folder that all test processes of this run share, and a lock for whoever fills it."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent
+
+
+@pytest.fixture(scope="session")
+def finished(shared_folder):
+    """One real search of the embedded model, small. Whoever needs it first runs it for all."""
+    folder = shared_folder / "finished"
+    folder.mkdir(exist_ok=True)
+    with FileLock(shared_folder / "finished.lock"):
+        return searches.Finished.once(folder)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a command of ours in this process: its exit code, and what it printed."""
+
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        with mock.patch.dict(os.environ):  # Commands set what Ray and Hydra read.
+            code = main()
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def environment(ray_tmpdir):
+    """The environment of a search in a process of its own."""
+    return searches.environment(ray_tmpdir)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ import torch
 from tests.benchmarks.measuring import RESULTS, machine, write_json
 
 ROOT = Path(__file__).parents[2]
-TESTS = "tests/integration/faults"
+TESTS = "tests/faults"
 NOTES = "CRDIFF_FAULTS"
 
 

@@ -29,8 +29,8 @@ from tests.benchmarks.measuring import (
     print_goals,
     write_json,
 )
-from tests.integration.faults.proxy import Proxy, serving
-from tests.integration.faults.sessions import Searching
+from tests.faults.proxy import Proxy, serving
+from tests.faults.sessions import Searching
 
 MAX_SLOWDOWN = 0.05
 # A prompt batch: less than any that is worth a GPU, so that MLflow's share is at its largest.

@@ -419,7 +419,8 @@ def test_they_are_silent():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@every
+# One of each class: Optuna's samplers share theirs.
+@pytest.mark.parametrize("name", ["annealing", "tpe", "grid"])
 @pytest.mark.usefixtures("module_ray")
 def test_it_runs_under_ray_tune(name, tmp_path):
     def objective(config):  # Of nothing in this module: a worker would import all of it.

@@ -2,11 +2,14 @@ import json
 import os
 
 import pytest
+from filelock import FileLock
 from ray.cluster_utils import Cluster
 
-pytest.register_assert_rewrite("tests.integration.faults.sessions")
+from search.runs import RATIOS_FILE
 
-from tests.integration.faults.sessions import Searching  # noqa: E402
+pytest.register_assert_rewrite("tests.faults.sessions")
+
+from tests.faults.sessions import Searching  # noqa: E402
 
 # Of each node.
 NODE = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80_000_000}
@@ -39,18 +42,18 @@ def searching(cluster, tmp_path):
         search.kill()
 
 
-@pytest.fixture(scope="module")
-def reference(cluster, tmp_path_factory):
-    """The same search, left alone."""
+@pytest.fixture
+def reference(cluster, shared_folder):
+    """The same search, left alone. Whoever needs it first runs it for all test processes."""
 
     def run(arguments):
-        if arguments not in run.known:
-            search = Searching(tmp_path_factory.mktemp("alone"), cluster.address, arguments)
-            search.finish()
-            run.known[arguments] = search
-        return run.known[arguments]
+        folder = shared_folder / "-".join(["alone", *arguments])
+        with FileLock(f"{folder}.lock"):
+            search = Searching(folder, cluster.address, arguments)
+            if RATIOS_FILE not in search.results.files():
+                search.finish()
+        return search
 
-    run.known = {}
     return run
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from search.cluster import connect
 from search.config import ClusterSettings, ConfigError
-from tests.integration.processes import free_port, stop
+from tests.processes import free_port, stop
 from tests.pipelines import save_sd
 
 RAY = Path(sys.executable).with_name("ray")

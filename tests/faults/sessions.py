@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from search import sync
 from search.storage import Storage
-from tests.integration.faults import program
+from tests.faults import program
 
 SMALL = (
     *("budget.steps=12", "render.batch_size=2"),
@@ -50,7 +50,7 @@ class Searching:
 
     def __post_init__(self):
         self.holds = self.folder / "holds"
-        self.holds.mkdir(parents=True)
+        self.holds.mkdir(parents=True, exist_ok=True)
         self.place = self.place or str(self.folder / "runs")
         self.mlflow = f"sqlite:///{self.folder / 'mlflow.db'}"
         self.ledger = Storage.at(self.place) / "shapes_24x40" / "ledger"

@@ -12,8 +12,7 @@ from crdiff_core.models import Model
 from crdiff_core.rewards.image_reward import Architecture
 from search.export import load_plan
 from tests.core.test_image_reward import random_weights
-from tests.integration.conftest import search
-from tests.integration.test_search import drawn
+from tests.searches import num_drawn, search
 
 SIZE = (16, 24)
 
@@ -23,7 +22,7 @@ def searched(request, tmp_path_factory, environment, sd_folder, sdxl_folder):
     """One search of each: its name, its model's folder, its own folder and what it printed."""
     folder = {"sdxl": sdxl_folder, "sd15": sd_folder}[request.param]
     output = tmp_path_factory.mktemp(request.param)
-    _, done = search(
+    done = search(
         output,
         environment,
         f"model={request.param}",
@@ -51,7 +50,7 @@ def test_the_ledger_has_a_reward_for_every_picture_drawn(searched):
     name, _, output, printed = searched
     rows = pq.read_table(output / f"{name}_16x24" / "ledger").to_pylist()
 
-    assert len(rows) == drawn(printed) > 0
+    assert len(rows) == num_drawn(printed) > 0
     assert all(row["reward"] is not None and row["failure"] is None for row in rows)
     assert {row["size_conditioning"] for row in rows} == {
         "32x32" if name == "sdxl" else "requested"
@@ -99,7 +98,7 @@ def test_the_batch_size_is_recorded_with_the_run(searched):
 def test_a_gpu_that_is_not_up_yet_is_said_before_a_cpu_is_kept_busy_for_days(
     tmp_path, environment, sdxl_folder
 ):
-    _, done = search(
+    done = search(
         tmp_path,
         environment,
         "model=sdxl",
@@ -122,7 +121,7 @@ def test_sdxl_is_searched_by_imagereward_of_full_size(tmp_path, environment, sdx
     vocabulary += [f"[more{i}]" for i in range(30522 - len(vocabulary))]
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     torch.save(random_weights(0, Architecture(), 0.03), tmp_path / "ImageReward.pt")
-    _, done = search(
+    done = search(
         tmp_path / "runs",
         environment,
         "model=sdxl",

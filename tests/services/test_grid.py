@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from search import grid
-from tests.integration.processes import stop
+from tests.processes import stop
 
 TINY = (
     "budget.steps=2",

@@ -8,7 +8,7 @@ import threading
 import time
 import urllib.request
 
-from tests.integration.processes import free_port, stop
+from tests.processes import free_port, stop
 
 
 @contextlib.contextmanager

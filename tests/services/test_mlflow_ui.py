@@ -3,8 +3,8 @@
 For the README's picture make a larger search, with `python -m search.run output=/tmp/ui
 budget.steps=20 prompts.search=16 prompts.validation=64`, then
 
-    CRDIFF_RUNS=/tmp/ui CRDIFF_SCREENSHOTS=/tmp/ui pytest -n0 tests/integration/test_mlflow_ui.py
-    cp /tmp/ui/comparison.png tests/integration/mlflow.png
+    CRDIFF_RUNS=/tmp/ui CRDIFF_SCREENSHOTS=/tmp/ui pytest -n0 tests/services/test_mlflow_ui.py
+    cp /tmp/ui/comparison.png tests/services/mlflow.png
 """
 
 import json
@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from search.tracking import EVALUATION_TAG, RUN_TAG
-from tests.integration.faults.proxy import serving
+from tests.faults.proxy import serving
 
 # MLflow's first page is one for language models, beside an assistant.
 SETTINGS = {
@@ -59,7 +59,7 @@ class Tracked:
 def tracked(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("server")
     chosen = os.environ.get("CRDIFF_RUNS")
-    output = Path(chosen) if chosen else request.getfixturevalue("finished").output
+    output = Path(chosen or request.getfixturevalue("finished").output)
     shutil.copy(output / "mlflow.db", folder)
     with serving(folder) as port:
         yield Tracked(f"http://127.0.0.1:{port}", folder / "mlflow.db")

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from search import tracking
 from search.tracking import EVALUATION_TAG, RUN_TAG, Experiment, Tracker
-from tests.integration.faults.proxy import Proxy, serving
+from tests.faults.proxy import Proxy, serving
 from tests.search.landscapes import make_search, work
 from tests.search.test_tracking import PARAMS, tell
 

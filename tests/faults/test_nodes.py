@@ -7,8 +7,8 @@ import pytest
 from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-from tests.integration.faults.conftest import NODE
-from tests.integration.faults.sessions import PATIENCE_S, check, check_tracked
+from tests.faults.conftest import NODE
+from tests.faults.sessions import PATIENCE_S, check, check_tracked
 
 # It has as much to do as many others together.
 pytestmark = pytest.mark.timeout(1800)

@@ -1,12 +1,12 @@
+"""Results in an object store."""
+
 import json
-import subprocess
 
 import pytest
 
 from search.export import load_plan
-from search.lease import Lease
 from search.storage import Storage
-from tests.integration.conftest import search
+from tests.searches import search
 
 SMALL = ("budget.steps=2", "prompts.search=4", "prompts.rerank=2", "prompts.validation=2")
 
@@ -23,11 +23,11 @@ def far(environment, s3):
 
 @pytest.mark.slow
 def test_a_search_keeps_everything_in_an_object_store_and_goes_on_from_there(s3, far):
-    _, first = search(f'"{s3}"', far, "tracking=none", *SMALL)
+    first = search(f'"{s3}"', far, "tracking=none", *SMALL)
     assert first.returncode == 0, first.stderr
     run = Storage.at(s3) / "shapes_24x40" / "annealing-seed0"
     exported = run.read("best_ratios.json")
-    _, again = search(f'"{s3}"', far, "tracking=none", *SMALL)
+    again = search(f'"{s3}"', far, "tracking=none", *SMALL)
     plan = load_plan(str(run))
 
     assert "nothing was drawn" in again.stdout
@@ -41,24 +41,7 @@ def test_a_search_keeps_everything_in_an_object_store_and_goes_on_from_there(s3,
 
 
 def test_mlflows_database_cannot_lie_in_an_object_store(s3, far):
-    _, done = search(f'"{s3}"', far, *SMALL)
+    done = search(f'"{s3}"', far, *SMALL)
 
     assert done.returncode == 2
     assert "set tracking.uri to a server's, or tracking=none" in done.stderr
-
-
-def test_a_second_driver_of_a_search_is_refused_in_one_line(finished):
-    with Lease(Storage.at(finished.folder)):
-        done = subprocess.run(
-            finished.command,
-            cwd="/",
-            env=finished.environment,
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-        )
-
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: another driver works on this search (process")
-    assert done.stderr.count("\n") == 1

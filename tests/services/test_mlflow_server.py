@@ -5,6 +5,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from search.tracking import Experiment, Tracker
-from tests.integration.processes import free_port, members, stop
+from tests.processes import free_port, members, stop
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "mlflow-server.sh"
 SECRETS = "admin_password", "secret_key"
@@ -52,6 +53,8 @@ def running(folder, log):
     """The server on a free port, until the end."""
     port = free_port()
     inherited = {name: value for name, value in os.environ.items() if "MLFLOW" not in name}
+    # The MLflow beside this interpreter, even if nobody has activated its environment.
+    inherited["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}"
     with log.open("w") as out:
         process = subprocess.Popen(
             [SCRIPT, folder, "--port", str(port)],

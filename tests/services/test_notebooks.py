@@ -1,40 +1,20 @@
-"""notebooks/: run on a real, tiny search, and stored without outputs."""
+"""notebooks/: run on a real, small search, and stored without outputs."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
-@pytest.fixture(scope="session")
-def run_folder(tmp_path_factory, ray_tmpdir, mlflow_database):
+@pytest.fixture
+def run_folder(finished):
     """The folder of a finished search of the embedded model, tracked by MLflow."""
-    output = tmp_path_factory.mktemp("notebook") / "runs"
-    output.mkdir()
-    shutil.copy(mlflow_database, output / "mlflow.db")
-    settings = [
-        *(f"output={output}", "res=24x32", "budget.steps=4", "rerank.top=2"),
-        *("render.num_steps=2", "render.batch_size=4", "prompts.search=2", "prompts.rerank=2"),
-        *("prompts.validation=4", "report.pictures=4"),
-    ]
-    ended = subprocess.run(
-        [sys.executable, "-m", "search.run", *settings],
-        env={**os.environ, "RAY_TMPDIR": ray_tmpdir},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return output / "shapes_24x32/annealing-seed0"
+    return finished.folder
 
 
 def execute(name, run_folder, monkeypatch, *questions):
@@ -83,9 +63,9 @@ def test_read_a_search_shows_what_the_run_found(run_folder, result, monkeypatch)
     assert {f"{group}_ratio": ratio for group, ratio in ratios.items()} == wanted
     assert best_so_far == [max(rewards[: end + 1]) for end in range(4)]
     assert dense == result["provenance"]["dense_score"]
-    assert num_prompts == 4
+    assert num_prompts == 8
     assert difference == pytest.approx(result["provenance"]["validation"]["difference"], abs=1e-12)
-    assert kinds.items() >= {"dense": 1, "search": 4, "rerank": 2, "validation": 1}.items()
+    assert kinds.items() >= {"dense": 1, "search": 4, "rerank": 3, "validation": 1}.items()
     assert num_compared == sum(kinds.values())
     assert difference_to_mlflow == 0
     assert num_figures(cells) == 3
@@ -129,10 +109,10 @@ def test_use_the_ratios_draws_bakes_and_prepares_a_card(run_folder, result, monk
     wanted = result["best_global_params_ratio"]
 
     assert {f"{group}_ratio": ratio for group, ratio in ratios.items()} == wanted
-    assert sizes == [[32, 24]] * 3
+    assert sizes == [[40, 24]] * 3
     assert differ
     assert unet == "UNet2DConditionModel"
-    assert "# CR-Diff ratios for shapes at 24x32" in readme
+    assert "# CR-Diff ratios for shapes at 24x40" in readme
     assert num_figures(cells) == 2
 
 

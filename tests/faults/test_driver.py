@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from tests.integration.faults.program import reward_of
-from tests.integration.faults.sessions import PATIENCE_S, check, check_tracked
+from tests.faults.program import reward_of
+from tests.faults.sessions import PATIENCE_S, check, check_tracked
 
 # It has as much to do as many others together.
 pytestmark = pytest.mark.timeout(1800)
@@ -33,12 +33,9 @@ def at_result(name):
     return lambda search: name in search.results.files()
 
 
-# Two before the first batch, eight along the way, three at the end.
-MOMENTS = [
-    *(at_start, at_start),
-    *(at_batch(number) for number in (1, 3, 8, 14, 22, 36, 50, 60)),
-    *(at_result("history.parquet"), at_result("best_ratios.json"), at_start),
-]
+AT_THE_END = [at_result("history.parquet"), at_result("best_ratios.json")]
+# One before the first batch, two along the way, two at the end.
+MOMENTS = [at_start, at_batch(3), at_batch(36), *AT_THE_END]
 
 
 def campaign(search, moments, seed):
@@ -74,14 +71,14 @@ def elsewhere(request, tmp_path):
     return "" if request.param == "a folder" else request.getfixturevalue("s3")
 
 
-def test_a_driver_killed_at_thirteen_moments_finds_what_one_left_alone_finds(
+def test_a_driver_killed_at_five_moments_finds_what_one_left_alone_finds(
     searching, reference, tally
 ):
     search = searching()
     killed, lost, again = campaign(search, MOMENTS, seed=0)
     tally("driver SIGKILL", killed, lost)
 
-    assert killed >= 10
+    assert killed >= 4  # A session may end just before its end.
     assert (lost, again) == (0, [])
     check(search, reference(()))
     check_tracked(search)
@@ -117,8 +114,9 @@ def test_a_driver_that_is_preempted_writes_down_what_is_being_drawn(searching, r
 def moments(num_kills, seed):
     """So many moments at which to kill a driver, one at least of each kind."""
     chance = random.Random(seed)
-    batches = sorted(chance.sample(range(1, 60), num_kills - len(MOMENTS) + 8))
-    return [*MOMENTS[:2], *map(at_batch, batches), *MOMENTS[-3:]]
+    ends = [*AT_THE_END, at_start]
+    batches = sorted(chance.sample(range(1, 60), num_kills - 2 - len(ends)))
+    return [at_start, at_start, *map(at_batch, batches), *ends]
 
 
 @pytest.mark.slow
