@@ -35,7 +35,7 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(tmp_path, environment):
     assert "nothing measured is lost. To go on: python -m search.run" in errors
     assert "Traceback" not in errors
 
-    # Going on to the same end is tested with a harder way to stop: tests/end_to_end/test_killed.py.
+    # tests/end_to_end/test_killed.py goes on to the end after a harder stop.
     plan = load_plan(tmp_path / "shapes_24x40" / "annealing-seed0")
     assert not plan.search.replay()
     assert plan.search.num_known == known > 0

@@ -15,8 +15,8 @@ import pytest
 
 from search.cluster import connect
 from search.config import ClusterSettings, ConfigError
-from tests.processes import free_port, stop
 from tests.pipelines import save_sd
+from tests.processes import free_port, stop
 
 RAY = Path(sys.executable).with_name("ray")
 TINY = (
