@@ -1,4 +1,5 @@
 import os
+import stat
 import time
 
 import pytest
@@ -92,6 +93,19 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
 
     assert storage.read("a.json") == b"first"
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_file_is_on_disk_before_it_has_its_name_and_then_the_name_is(tmp_path, monkeypatch):
+    storage, synced = Storage.at(tmp_path), []
+
+    def note(descriptor):
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        synced.append(("folder" if is_folder else "file", "a.json" in os.listdir(tmp_path)))
+
+    monkeypatch.setattr("os.fsync", note)
+    storage.write("a.json", b"first")
+
+    assert synced == [("file", False), ("folder", True)]
 
 
 @pytest.mark.parametrize("secret", ["s3://key:secret@bucket/x", "s3://bucket/x?secret_key=secret"])
