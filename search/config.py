@@ -286,7 +286,10 @@ class TrackingSettings(Settings):
 
 
 class RenderSettings(Settings):
-    """How a picture is drawn; a batch_size of null is chosen once and recorded with the run."""
+    """How a picture is drawn; a batch_size of null is chosen once and recorded with the run.
+
+    negative_prompt: null is the pipeline's own; earlier versions wrote none.
+    """
 
     num_steps: Count
     guidance_scale: Annotated[float, Field(ge=0)]
@@ -295,6 +298,7 @@ class RenderSettings(Settings):
     compile: Literal["none", "blocks", "graphs"]
 
 
+    negative_prompt: str | None = None
 class RerankSettings(Settings):
     """How many of the best are compared again on fresh prompts."""
 

@@ -245,6 +245,7 @@ def _fit(plan: Plan, command: str, settings: ClusterSettings) -> None:
             guidance_scale=plan.recipe.guidance_scale,
             poa_weight=plan.recipe.poa_weight,
             size_conditioning=plan.recipe.told_size,
+            negative_prompt=plan.recipe.negative_prompt,
             compile=plan.config.render.compile,
             reward=plan.recipe.reward,
             reward_options=reward_options(plan.config),

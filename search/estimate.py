@@ -140,6 +140,7 @@ def estimate(plan: Plan) -> Estimate:
         guidance_scale=plan.recipe.guidance_scale,
         poa_weight=plan.recipe.poa_weight,
         size_conditioning=plan.recipe.told_size,
+        negative_prompt=plan.recipe.negative_prompt,
         compile=config.render.compile,
     )
     _trial_s(plan, replica, prompts[:1], _FEW_STEPS[0])
