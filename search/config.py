@@ -226,13 +226,17 @@ class ImageRewardSettings(Settings):
 
 
 class PromptSettings(Settings):
-    """conf/prompts: where prompts come from, and how many each of the disjoint sets has."""
+    """conf/prompts: where prompts come from, and how many each of the disjoint sets has.
+
+    shared_noise: as crdiff_core.prompts.split_prompts has it; earlier versions wrote none.
+    """
 
     name: Literal["shapes", "everyday", "reference", "coco"]
     path: str
     text: str
     repeat: bool
     seed: Annotated[int, Field(ge=0)]
+    shared_noise: bool = False
     search: Count
     rerank: Count
     validation: Annotated[int, Field(ge=2)]

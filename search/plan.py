@@ -192,7 +192,7 @@ def choose_prompts(config: Config) -> dict[str, PromptSet]:
     else:
         texts, source = shipped_texts(prompts.name), f"the list {prompts.name}"
         random.Random(prompts.seed).shuffle(texts)
-    return split_prompts(texts, sizes, prompts.seed, source, repeat)
+    return split_prompts(texts, sizes, prompts.seed, source, repeat, prompts.shared_noise)
 
 
 def _key(config: Config, recipe: Recipe, prompt_sets: dict[str, PromptSet]) -> str:
