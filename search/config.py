@@ -179,7 +179,7 @@ class AnnealingSettings(Settings):
     reheat_above: float | None
     reheat_factor: Annotated[float, Field(ge=1)]
     max_reheats: Annotated[int, Field(ge=0)]
-    restart_step_factor: Annotated[float, Field(gt=0)]
+    restart_jump: Annotated[float, Field(ge=0)]
     max_restarts: Annotated[int, Field(ge=0)] | None
 
     @field_validator("initial_temperature", "reheat_above", mode="before")
@@ -298,11 +298,11 @@ class RenderSettings(Settings):
     num_steps: Count
     guidance_scale: Annotated[float, Field(ge=0)]
     size_conditioning: Literal["requested", "native"]
+    negative_prompt: str | None = None
     batch_size: Count | None
     compile: Literal["none", "blocks", "graphs"]
 
 
-    negative_prompt: str | None = None
 class RerankSettings(Settings):
     """How many of the best are compared again on fresh prompts."""
 
