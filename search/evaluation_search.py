@@ -29,7 +29,7 @@ from search.storage import StorageError
 METRIC = "reward"
 # Of what is drawn for a report's pictures; no decision depends on it.
 _SHOWN: tuple[Kind, ...] = ("pruned alone", "resized")
-# Failed evaluations after which a search that has seen no success gives up.
+# Failed evaluations of its own after which a search that has seen no success gives up.
 _HOPELESS = 3
 _DIED = f"its worker died or could not start: {LOG_FILE} beside the results has Ray's reason"
 _RETRY = ": mend that and run again with trial.retry_failed=true"
@@ -645,10 +645,14 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             self._searcher.on_trial_complete(searcher_id, result)
 
     def _stop_if_hopeless(self, last: Evaluation) -> None:
-        searched = self._work.of("search")
         if last.kind == "dense" and last.failure is not None:
             self.failure = f"the dense model cannot be evaluated: {last.failure}{_RETRY}"
-        elif len(searched) == _HOPELESS and all(e.failure is not None for e in searched):
+        if last.kind != "search" or last.failure is None:
+            return
+        # What failed in other searches says nothing of this one, in a warm start or later.
+        own = self._work.of("search")[len(self._warm) :]
+        failed = [e for e in own if e.failure is not None and e.key in self._ledger.spent.keys]
+        if len(failed) == _HOPELESS and not any(e.rewards for e in own):
             self.failure = f"the first {_HOPELESS} evaluations failed: {last.failure}{_RETRY}"
 
 

@@ -607,6 +607,35 @@ def test_a_search_begins_with_what_others_of_its_cell_measured(tmp_path, searche
     assert len(warm.steps) == (9 if searcher != "grid" else 8)
 
 
+@pytest.mark.parametrize("searcher", ["annealing", "random"])
+def test_failures_of_other_searches_end_no_search(tmp_path, searcher):
+    other = make_search(tmp_path, searcher, steps=3, run="other")
+    work(other, outcome=failing(lambda ratios: not ratios.is_dense))
+    assert other.failure is not None
+    known = list(Ledger(tmp_path).candidates.values())
+    warm = make_search(tmp_path, searcher, steps=9, warm_start=known)
+    work(warm)
+
+    assert (warm.failure, len(warm.steps)) == (None, 9)
+    # It comes by the same ones if it is not told of them.
+    cold = make_search(tmp_path, searcher, steps=9, run="cold")
+    work(cold)
+    assert (cold.failure, len(cold.steps)) == (None, 9)
+
+
+def test_a_warm_start_with_failures_gives_up_on_three_of_its_own(tmp_path):
+    work(make_search(tmp_path, steps=3, run="other"))
+    known = list(Ledger(tmp_path).candidates.values())
+    warm = make_search(tmp_path, steps=9, warm_start=known)
+    work(warm, outcome=failing(lambda ratios: not ratios.is_dense))
+
+    assert "the first 3 evaluations failed: NaN pictures" in warm.failure
+    # Looked at again from the ledger alone, it has failed too.
+    again = make_search(tmp_path, steps=9, warm_start=known)
+    assert again.replay()
+    assert again.failure == warm.failure
+
+
 def test_a_warm_start_takes_only_what_fits_the_space(tmp_path):
     work(make_search(tmp_path, "random", steps=5))
     known = [
