@@ -352,6 +352,17 @@ class Config(Settings):
     output: Annotated[str, Field(min_length=1)]
     dry_run: bool
 
+    @property
+    def most_evaluations(self) -> int:
+        """Evaluations of the search by one worker at most: its steps, and annealing's jumps."""
+        steps, searcher = self.budget.steps, self.searcher
+        if not isinstance(searcher, AnnealingSettings) or searcher.patience is None:
+            return steps
+        num_restarts = steps // searcher.patience
+        if searcher.max_restarts is not None:
+            num_restarts = min(num_restarts, searcher.chains * searcher.max_restarts)
+        return steps + (num_restarts if searcher.restart_jump > 0 else 0)
+
     @check(mode="after")
     def _steps_suffice(self) -> Config:
         if isinstance(self.searcher, AnnealingSettings):

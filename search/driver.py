@@ -139,7 +139,7 @@ def _run(plan: Plan, command: str, progress: Progress, cluster: ClusterSettings)
         dense,
         validated(plan),
         num_reranked=sum(evaluation.kind == "rerank" for evaluation in search.evaluations),
-        num_steps=len(search.steps),
+        num_steps=search.num_steps,
         num_lost=sum(step.lost_race for step in search.steps),
         num_warm=len(search.warm_start),
         num_drawn=search.num_drawn,
@@ -201,7 +201,7 @@ def _record(plan: Plan, command: str) -> None:
         "standing": {
             "is_finished": search.finished and search.failure is None,
             "failure": search.failure,
-            "num_steps": len(search.steps),
+            "num_steps": search.num_steps,
             "num_pictures": plan.ledger.spent.num_pictures,
             "ratios": list(best.ratios.as_dict().values()) if best else None,
             "poa_weight": best.candidate.poa_weight if best else None,

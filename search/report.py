@@ -67,7 +67,7 @@ def _content(plan: Plan) -> dict[str, object]:
         "validation": None if comparison is None else _validation(plan, comparison),
         "reranked": _reranked(plan),
         "history": _history(plan),
-        "num_steps": len(search.steps),
+        "num_steps": search.num_steps,
         "notes": _notes(plan),
         **_where(plan, looked_at),
         "importance": _importance(plan.search.space, looked_at),

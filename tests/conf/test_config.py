@@ -88,6 +88,12 @@ def test_the_papers_experiment_is_the_reference_implementations_search():
     assert config.model.dtype == "float16"
 
 
+def test_the_jumps_of_restarts_are_evaluations_beside_the_steps():
+    assert composed("experiment=paper").most_evaluations == 123
+    assert composed("experiment=paper", "budget.steps=30").most_evaluations == 31
+    assert composed("budget.steps=30").most_evaluations == 30
+
+
 def test_the_defaults_of_annealing_are_the_reference_implementations():
     config = composed("searcher=annealing_paper", "budget.steps=120")
     searcher = config.searcher

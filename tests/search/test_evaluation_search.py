@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crdiff_core.ratios import BlockRatios
+from search.annealing import REFERENCE
 from search.batching import Batching
 from search.comparison import compare
 from search.ledger import Ledger
@@ -575,6 +576,18 @@ def test_a_budget_too_small_for_one_evaluation_says_so(tmp_path):
         "no evaluation fits into budget.pictures=44 (going on would come to 58, re-ranking and "
         "validation included): raise it"
     )
+
+
+def test_the_jumps_of_restarts_do_not_count_for_the_budget(tmp_path):
+    optimum = {"down": 0.6, "mid": 0.3, "up": 0.4}
+    annealing = {**REFERENCE, "seeds": [optimum], "patience": 3, "max_restarts": 9}
+    search = make_search(tmp_path, steps=12, annealing=annealing)
+    work(search)
+    num_jumps = [step.event for step in search.steps].count("jump")
+
+    assert num_jumps > 0
+    assert (search.num_steps, len(search.steps)) == (12, 12 + num_jumps)
+    assert search.progress[0] == search.progress[1]
 
 
 def test_more_steps_extend_a_finished_search(tmp_path):
