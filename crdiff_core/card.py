@@ -174,6 +174,8 @@ def _usage(file: RatiosFile, base_model: str | None) -> str:
     for key, name in (("num_steps", "num_inference_steps"), ("guidance_scale", "guidance_scale")):
         if is_number(recipe.get(key)):
             drawing.append(f"{name}={recipe[key]}")
+    if isinstance(recipe.get("negative_prompt"), str):
+        drawing.append(f"negative_prompt={recipe['negative_prompt']!r}")
     with suppress(RatiosError):  # `requested` is no size.
         told = Resolution.parse(str(recipe.get("size_conditioning")))
         size = f"({told.height}, {told.width})"

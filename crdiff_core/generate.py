@@ -41,9 +41,11 @@ _BATCH = 4
 class Drawing:
     """What to draw: one row of two pictures, dense and CR-Diff, for each prompt.
 
-    ratios_file: where the ratios came from, to be checked against the model; None: given by hand.
-    told_size:   what SDXL is told of a picture's size; None: its own.
-    zoom:        how many pixels, each way, one pixel of a picture becomes.
+    ratios_file:     where the ratios came from, to be checked against the model; None: given by
+                     hand.
+    told_size:       what SDXL is told of a picture's size; None: its own.
+    negative_prompt: what guidance leads away from; None: the pipeline's own.
+    zoom:            how many pixels, each way, one pixel of a picture becomes.
     """
 
     model: Model
@@ -54,6 +56,7 @@ class Drawing:
     num_steps: int
     guidance_scale: float
     told_size: Resolution | None
+    negative_prompt: str | None
     prompts: tuple[Prompt, ...]
     zoom: int
 
@@ -77,6 +80,7 @@ def draw(drawing: Drawing) -> tuple[Tensor, Tensor]:
         guidance_scale=drawing.guidance_scale,
         poa_weight=drawing.poa_weight,
         size_conditioning=drawing.told_size,
+        negative_prompt=drawing.negative_prompt,
     )
     if drawing.ratios_file is not None:  # Refuses ratios of another model.
         apply(replica.pipe, drawing.ratios_file, drawing.poa_weight)
@@ -135,7 +139,7 @@ def _drawing(options: argparse.Namespace) -> Drawing:
         resolution = Resolution.parse(options.res)
     if resolution is None:
         raise UsageError("no resolution: give --res HEIGHTxWIDTH, or --ratios with a file")
-    num_steps, guidance_scale, told_size = _recipe(options, file)
+    num_steps, guidance_scale, told_size, negative_prompt = _recipe(options, file)
     for name, value, least in (
         ("--steps", num_steps, 1),
         ("--guidance", guidance_scale, 0),
@@ -158,6 +162,7 @@ def _drawing(options: argparse.Namespace) -> Drawing:
         num_steps,
         guidance_scale,
         told_size if model.is_size_conditioned else None,
+        negative_prompt,
         _prompts(options),
         options.zoom or legible_zoom(resolution.height, resolution.width),
     )
@@ -165,10 +170,11 @@ def _drawing(options: argparse.Namespace) -> Drawing:
 
 def _recipe(
     options: argparse.Namespace, file: RatiosFile | None
-) -> tuple[int, float, Resolution | None]:
-    """Return steps, guidance, SDXL's size: the options', else the search's, else ours."""
+) -> tuple[int, float, Resolution | None, str | None]:
+    """Return steps, guidance, SDXL's size, negative prompt: options', the search's, or ours."""
     known = commands.recipe_of(file)
     told_size = str(known.get("size_conditioning", "requested"))
+    negative_prompt = known.get("negative_prompt")
     try:
         return (
             int(known.get("num_steps", DEFAULT_STEPS)) if options.steps is None else options.steps,
@@ -176,6 +182,7 @@ def _recipe(
             if options.guidance is None
             else options.guidance,
             None if told_size == "requested" else Resolution.parse(told_size),
+            None if negative_prompt is None else str(negative_prompt),
         )
     except (TypeError, ValueError, OverflowError) as error:
         raise RatiosError(

@@ -63,7 +63,12 @@ class PromptSet:
 
 
 def split_prompts(
-    texts: Sequence[str], sizes: dict[str, int], seed: int, source: str, repeat: bool = False
+    texts: Sequence[str],
+    sizes: dict[str, int],
+    seed: int,
+    source: str,
+    repeat: bool = False,
+    shared_noise: bool = False,
 ) -> dict[str, PromptSet]:
     """Cut prompt sets, disjoint in text and noise together, from the start of a list of texts.
 
@@ -74,6 +79,9 @@ def split_prompts(
     repeat: start again at the first text, with other noise, when the texts are used up; a set
             whose size is a multiple of their number then has each equally often. Without it the
             sets are disjoint in text too.
+    shared_noise: give all texts the noise of `seed` itself, of seed + 1 when they are repeated,
+            and so on, as the reference implementation of CR-Diff does with its two prompts.
+            Without it a text's noise is its own.
     Raises PromptError when there are too few, or none to repeat.
     Source of repeat: CR-Diff (arXiv:2604.05524), section 4.3, one prompt with many seeds.
     """
@@ -86,7 +94,7 @@ def split_prompts(
             "add prompts, lower prompts.search, prompts.rerank or prompts.validation, or set "
             "prompts.repeat=true"
         )
-    endless = _with_noise(distinct, seed)
+    endless = _with_noise(distinct, seed, shared_noise)
     sets: dict[str, PromptSet] = {}
     for name, size in sizes.items():
         prompts = (
@@ -97,7 +105,9 @@ def split_prompts(
     return sets
 
 
-def _with_noise(texts: Sequence[str], seed: int) -> Iterator[tuple[str, int]]:
+def _with_noise(
+    texts: Sequence[str], seed: int, shared_noise: bool = False
+) -> Iterator[tuple[str, int]]:
     """Yield the texts, round after round without end, each with its noise seed of the round.
 
     texts: distinct, at least one. No pair is yielded twice.
@@ -105,7 +115,9 @@ def _with_noise(texts: Sequence[str], seed: int) -> Iterator[tuple[str, int]]:
     used: set[tuple[str, int]] = set()
     for repetition in count():
         for text in texts:
-            noise = noise_seed(text, seed, repetition)
+            noise = noise_seed(text, seed, repetition)  # It refuses what is no text.
+            if shared_noise:
+                noise = (seed + repetition) % 2**31
             # Of 31-bit hashes of one text, two of some 50,000 are likely to be equal. The earlier
             # round keeps its seed, so that what has been drawn stays valid when more is asked for.
             while (text, noise) in used:

@@ -57,6 +57,9 @@ class Replica:
     resolution:        of the pictures; latents of odd height or width are fine.
     size_conditioning: what SDXL is told of a picture's original and target size; None: the
                        resolution (the paper's way). Others have no such condition.
+    negative_prompt:   what guidance leads away from; None: the pipeline's own, which is the empty
+                       text, but zeros where SDXL's configuration has force_zeros_for_empty_prompt.
+                       "": the empty text, encoded.
     compile:           none, blocks (torch.compile of each transformer block, quick to compile) or
                        graphs (of whole UNets, as CUDA graphs: for small batches).
     Raises ModelError for a resolution or option that the pipeline does not have.
@@ -71,6 +74,7 @@ class Replica:
         guidance_scale: float,
         poa_weight: float,
         size_conditioning: Resolution | None = None,
+        negative_prompt: str | None = None,
         compile: str = "none",
     ) -> None:
         if compile not in COMPILE_MODES:
@@ -83,6 +87,7 @@ class Replica:
         self.num_steps = num_steps
         self.guidance_scale = guidance_scale
         self.poa_weight = poa_weight
+        self.negative_prompt = negative_prompt
         self.device = self.denoiser.device
         self.batch_limit = _NO_LIMIT
         """How many pictures are drawn at once; memory lowers it."""
@@ -246,6 +251,7 @@ class Replica:
                 device=self.device,
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=self.guidance_scale > 1,
+                negative_prompt=self.negative_prompt,
             )
             named = zip(_EMBEDDINGS, encoded, strict=False)
             self._embeddings[text] = {name: part for name, part in named if part is not None}

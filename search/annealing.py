@@ -13,7 +13,7 @@ import numpy as np
 
 from search.surrogate import Observation, Point, most_promising, to_unit
 
-Event = Literal["seed", "accept", "reject", "fail"]
+Event = Literal["seed", "accept", "reject", "jump", "fail"]
 
 DECIMALS = 6
 """Proposals are rounded so that a point survives JSON and Parquet as the same key."""
@@ -25,12 +25,13 @@ class Annealing:
 
     bounds:              (low, high) of each dimension.
     seeds:               starting points; the chain starts from the best of them.
-    num_steps:           proposals after the seeds, N_iter.
+    num_steps:           proposals after the seeds, N_iter; jumps are made beside them.
     initial_temperature: T_init, in units of the reward; None: TEMPERATURE_SHARE of how far the
                          best of the first rewards is above the median one.
     cooling:             alpha, the temperature's factor at each step, in (0, 1].
-    min_temperature:     below it the temperature is T_init again, which counts as a restart; in
-                         units of the reward, or of T_init if that is None.
+    min_temperature:     below it the temperature is T_init again, which counts as a restart from
+                         where the chain is; in units of the reward, or of T_init if that is None.
+                         0: never. Algorithm 1 has such a bound, the reference none.
     step_size:           scale of a move at T_init; shrinks with T / T_init. In widths of the box,
                          and in units of the coordinate without candidates.
     min_step_size:       the scale never shrinks below this.
@@ -39,11 +40,15 @@ class Annealing:
     exploration:         standard deviations above the surrogate's mean that a candidate counts.
     lag:                 a proposal depends on no reward of the last `lag` steps, only on which of
                          them were accepted: so it can be made, for either answer, that far ahead.
-    patience:            steps without a new best before reheating or restarting; None: never.
-    reheat_above:        reheat only if the best reward exceeds this; None: the seeds'.
+    patience:            steps without a new best, accepted ones too, before reheating, or
+                         restarting from the best point; None: never, as in Algorithm 1.
+    reheat_above:        reheat only if a proposal has been a new best above this; None: above the
+                         seeds'.
     reheat_factor:       T grows by it at a reheat.
     max_reheats:         after these a lack of progress restarts.
-    restart_step_factor: the step size grows by it at a restart from the best point.
+    restart_jump:        largest move of one coordinate by which a restart leaves the best point,
+                         in units of the coordinate. The chain goes on from there, whatever the
+                         reward; 0: it goes on from the best point itself.
     max_restarts:        R_max; the chain ends when it would restart once more; None: never.
     known:               observations of other searches, for the surrogate.
     """
@@ -63,21 +68,21 @@ class Annealing:
     reheat_above: float | None = None
     reheat_factor: float = 1.5
     max_reheats: int = 3
-    restart_step_factor: float = 1.0
+    restart_jump: float = 0.0
     max_restarts: int | None = None
     known: tuple[Observation, ...] = ()
 
 
 REFERENCE = {
     "initial_temperature": 0.1,
-    "min_temperature": 1e-4,
+    "min_temperature": 0.0,
     "step_size": 0.10,
     "candidates": 1,
     "exploration": 0.0,
     "lag": 0,
     "patience": 24,
     "reheat_above": 0.8,
-    "restart_step_factor": 3.0,
+    "restart_jump": 0.30,
     "max_restarts": 2,
 }
 """Where CR-Diff's reference implementation differs from the defaults of Annealing."""
@@ -94,6 +99,7 @@ class ChainState(NamedTuple):
 
     current and best hold no point until an evaluation has succeeded; rewards are -inf then.
     temperature is in units of the reward, or of T_init if that is left to the seeds.
+    is_jump says that the next proposal is the jump of a restart; jumps has the steps that were.
     history has all outcomes in their order. In a state that is only supposed, no reward is known
     from step `num_known` on.
     """
@@ -104,7 +110,8 @@ class ChainState(NamedTuple):
     current_reward: float = -math.inf
     best: Point | None = None
     best_reward: float = -math.inf
-    step_factor: float = 1.0
+    is_jump: bool = False
+    jumps: tuple[int, ...] = ()
     steps_since_best: int = 0
     num_reheats: int = 0
     num_restarts: int = 0
@@ -138,10 +145,18 @@ def draws(seed: int, chain: int, step: int, num_dimensions: int) -> Draws:
 class Chain:
     """Simulated annealing with reheating and restarts, maximising a reward.
 
-    Source: CR-Diff (arXiv:2604.05524), supplement, Algorithm 1, whose energy E is minus the
-    reward; patience, reheat and restart step as in its reference implementation. The neighbour is
-    the reference's, or the one that a surrogate prefers of many with Cauchy steps: Szu and
-    Hartley, Fast simulated annealing (1987); Regis and Shoemaker, DYCORS (2013).
+    Algorithm 1, whose energy E is minus the reward, has a set of seeds, the acceptance rule, the
+    cooling, and a restart where the chain is when the temperature is too small. The reference
+    implementation has one seed and no such temperature, but acts on a lack of progress: patience,
+    reheats, and restarts by a jump from the best point. Both end at one restart too many. The
+    neighbour is the reference's, or the one of many with Cauchy steps that a surrogate prefers.
+
+    This chain differs from the reference in three ways: its random numbers are a function of
+    (seed, chain, step), not the next ones of Python's generator; points are rounded to DECIMALS;
+    a failed evaluation is rejected, where the reference counts a failed prompt as a reward of -2.
+
+    Source: CR-Diff (arXiv:2604.05524), supplement, Algorithm 1, and github.com/xuan9-9/CR-Diff;
+    Szu and Hartley, Fast simulated annealing (1987); Regis and Shoemaker, DYCORS (2013).
     """
 
     def __init__(self, annealing: Annealing, seed: int = 0, chain: int = 0) -> None:
@@ -156,7 +171,7 @@ class Chain:
         return ChainState(temperature=self._initial_temperature)
 
     def propose(self, state: ChainState) -> Point:
-        """Return the point to evaluate next: a seed, else a neighbour of the current point."""
+        """Return the point to evaluate next: a seed, or a neighbour of the current point."""
         parameters = self.annealing
         if state.step < len(parameters.seeds):
             return self._clip(parameters.seeds[state.step])
@@ -164,11 +179,13 @@ class Chain:
             centre = self._clip(tuple((low + high) / 2 for low, high in parameters.bounds))
             state = state._replace(current=centre)
         assert state.current is not None
-        size = state.step_factor * max(
+        size = max(
             parameters.min_step_size,
             parameters.step_size * state.temperature / self._initial_temperature,
         )
-        if parameters.candidates > 1:
+        if state.is_jump:
+            size = parameters.restart_jump
+        elif parameters.candidates > 1:
             return self._clip(self._choose(state, size))
         drawn = self._draws(state)
         point = list(state.current)
@@ -189,10 +206,13 @@ class Chain:
     def min_gain(self, state: ChainState) -> float:
         """Return the gain over the current reward above which a proposal is accepted.
 
-        It is T ln u, at most 0; known before the proposal is evaluated, since u is.
+        It is T ln u, at most 0; known before the proposal is evaluated, since u is. -inf for a
+        jump.
         """
         if self.is_seed(state):
             return 0.0
+        if state.is_jump:
+            return -math.inf
         temperature = state.temperature * self._unit(state)
         drawn = self._draws(state).acceptance
         return temperature * math.log(drawn) if drawn > 0 else -math.inf
@@ -209,19 +229,25 @@ class Chain:
         """
         accepted = seen.reward is not None and self.accepts(state, seen.reward)
         event: Event = "accept" if accepted else "reject"
-        if seen.reward is None or self.is_seed(state):
-            event = "fail" if seen.reward is None else "seed"
+        if seen.reward is None:
+            event = "fail"
+        elif self.is_seed(state):
+            event = "seed"
+        elif state.is_jump:
+            event = "jump"
         return self._after(state, seen, accepted, event)
 
     def suppose(self, state: ChainState, point: Point, accepted: bool) -> ChainState:
         """Return the state after `point`, not evaluated yet, if it is accepted or rejected.
 
         It proposes what the real one will, as far as `can_propose` says that it can. Whether an
-        accepted point is a new best is a guess: if the current one is the best.
+        accepted point is a new best is a guess: if the current one is the best, and it is no jump.
         """
         reward = None
         if accepted:
-            reward = math.nextafter(state.current_reward, math.inf) if state.current else 0.0
+            reward = state.current_reward if state.current else 0.0
+            if not state.is_jump:
+                reward = math.nextafter(reward, math.inf)
         if state.num_known is None:
             state = state._replace(num_known=state.step)
         return self._after(state, Observation(point, reward), accepted, None)
@@ -242,11 +268,15 @@ class Chain:
             current_reward=current[1],
             best=best[0],
             best_reward=best[1],
+            is_jump=False,
             event=event,
         )
-        if not self.is_seed(state):
+        if state.is_jump:  # It is no step of the cooling.
+            after = after._replace(jumps=(*state.jumps, state.step))
+        elif not self.is_seed(state):
             after = self._cool(after)
-        if after.step >= len(parameters.seeds) + parameters.num_steps:
+        num_proposed = after.step - len(after.jumps) - len(parameters.seeds)
+        if num_proposed >= parameters.num_steps and not after.is_jump:
             after = after._replace(finished=True)
         return after
 
@@ -279,10 +309,10 @@ class Chain:
             temperature=parameters.cooling * state.temperature,
             steps_since_best=0 if self._has_news(state) else state.steps_since_best + 1,
         )
-        if state.temperature < parameters.min_temperature:
-            state = self._restart(state)
         if parameters.patience is not None and state.steps_since_best >= parameters.patience:
-            state = self._escape(state._replace(steps_since_best=0))
+            return self._escape(state._replace(steps_since_best=0))
+        if state.temperature < parameters.min_temperature:
+            return self._restart(state)
         return state
 
     def _has_news(self, state: ChainState) -> bool:
@@ -292,25 +322,32 @@ class Chain:
         return reward is not None and reward > max(_rewards(seen[:-1]), default=-math.inf)
 
     def _escape(self, state: ChainState) -> ChainState:
+        """Reheat, or restart from the best point, after steps without a new best."""
         parameters = self.annealing
-        seen = self._seen(state)
-        best, best_reward = _best(seen)
-        bar = parameters.reheat_above
-        if bar is None:
-            bar = max(_rewards(seen[: len(parameters.seeds)]), default=math.inf)
-        worth_refining = best_reward > bar
-        if worth_refining and state.num_reheats < parameters.max_reheats:
+        if state.num_reheats < parameters.max_reheats and self._is_worth_refining(state):
             return state._replace(
                 temperature=state.temperature * parameters.reheat_factor,
                 num_reheats=state.num_reheats + 1,
             )
-        return self._restart(
-            state._replace(
-                current=best,
-                current_reward=best_reward,
-                step_factor=parameters.restart_step_factor,
-            )
-        )
+        best, best_reward = _best(self._seen(state))
+        restarted = self._restart(state._replace(current=best, current_reward=best_reward))
+        will_jump = parameters.restart_jump > 0 and not restarted.finished
+        return restarted._replace(is_jump=will_jump)
+
+    def _is_worth_refining(self, state: ChainState) -> bool:
+        """Whether a proposal, not a seed and not a jump, has been a new best above the bar."""
+        seen, num_seeds = self._seen(state), len(self.annealing.seeds)
+        bar = self.annealing.reheat_above
+        if bar is None:
+            bar = max(_rewards(seen[:num_seeds]), default=math.inf)
+        best = -math.inf
+        for step, each in enumerate(seen):
+            if each.reward is None or each.reward <= best:
+                continue
+            best = each.reward
+            if best > bar and step >= num_seeds and step not in state.jumps:
+                return True
+        return False
 
     def _restart(self, state: ChainState) -> ChainState:
         most = self.annealing.max_restarts

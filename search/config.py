@@ -179,7 +179,7 @@ class AnnealingSettings(Settings):
     reheat_above: float | None
     reheat_factor: Annotated[float, Field(ge=1)]
     max_reheats: Annotated[int, Field(ge=0)]
-    restart_step_factor: Annotated[float, Field(gt=0)]
+    restart_jump: Annotated[float, Field(ge=0)]
     max_restarts: Annotated[int, Field(ge=0)] | None
 
     @field_validator("initial_temperature", "reheat_above", mode="before")
@@ -226,13 +226,17 @@ class ImageRewardSettings(Settings):
 
 
 class PromptSettings(Settings):
-    """conf/prompts: where prompts come from, and how many each of the disjoint sets has."""
+    """conf/prompts: where prompts come from, and how many each of the disjoint sets has.
+
+    shared_noise: as crdiff_core.prompts.split_prompts has it; earlier versions wrote none.
+    """
 
     name: Literal["shapes", "everyday", "reference", "coco"]
     path: str
     text: str
     repeat: bool
     seed: Annotated[int, Field(ge=0)]
+    shared_noise: bool = False
     search: Count
     rerank: Count
     validation: Annotated[int, Field(ge=2)]
@@ -286,11 +290,15 @@ class TrackingSettings(Settings):
 
 
 class RenderSettings(Settings):
-    """How a picture is drawn; a batch_size of null is chosen once and recorded with the run."""
+    """How a picture is drawn; a batch_size of null is chosen once and recorded with the run.
+
+    negative_prompt: null is the pipeline's own; earlier versions wrote none.
+    """
 
     num_steps: Count
     guidance_scale: Annotated[float, Field(ge=0)]
     size_conditioning: Literal["requested", "native"]
+    negative_prompt: str | None = None
     batch_size: Count | None
     compile: Literal["none", "blocks", "graphs"]
 
@@ -343,6 +351,17 @@ class Config(Settings):
     poa_weight: PoaWeight
     output: Annotated[str, Field(min_length=1)]
     dry_run: bool
+
+    @property
+    def most_evaluations(self) -> int:
+        """Evaluations of the search by one worker at most: its steps, and annealing's jumps."""
+        steps, searcher = self.budget.steps, self.searcher
+        if not isinstance(searcher, AnnealingSettings) or searcher.patience is None:
+            return steps
+        num_restarts = steps // searcher.patience
+        if searcher.max_restarts is not None:
+            num_restarts = min(num_restarts, searcher.chains * searcher.max_restarts)
+        return steps + (num_restarts if searcher.restart_jump > 0 else 0)
 
     @check(mode="after")
     def _steps_suffice(self) -> Config:

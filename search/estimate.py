@@ -86,8 +86,8 @@ class Estimate:
             f"one trial  {self.num_timed} pictures of {plan.recipe.num_steps} steps in "
             f"{self.trial_s:.2f} s, {self.batch_size} at once, extrapolated from {_FEW_STEPS[0]} "
             f"and {_FEW_STEPS[1]} steps; before the first, {self.load_s:.0f} s to load",
-            f"search     at most {config.budget.steps} evaluations, {self.num_pictures} pictures "
-            f"with re-ranking and validation{known}{ahead}",
+            f"search     at most {config.most_evaluations} evaluations, {self.num_pictures} "
+            f"pictures with re-ranking and validation{known}{ahead}",
             f"time       about {spent} of drawing by one worker such as this ({self.device})",
             f"disk       about {self.results_gib:.2f} GiB of results at {config.output}{free}",
         ]
@@ -113,7 +113,7 @@ def estimate(plan: Plan) -> Estimate:
     sizes = {name: len(each) for name, each in plan.prompt_sets.items()}
     top = config.rerank.top if config.rerank.top > 1 else 0
     num_pictures = (
-        (1 + config.budget.steps) * sizes["search"]
+        (1 + config.most_evaluations) * sizes["search"]
         + top * sizes["rerank"]
         + 2 * sizes["validation"]
         + search.num_for_report
@@ -140,6 +140,7 @@ def estimate(plan: Plan) -> Estimate:
         guidance_scale=plan.recipe.guidance_scale,
         poa_weight=plan.recipe.poa_weight,
         size_conditioning=plan.recipe.told_size,
+        negative_prompt=plan.recipe.negative_prompt,
         compile=config.render.compile,
     )
     _trial_s(plan, replica, prompts[:1], _FEW_STEPS[0])
@@ -185,7 +186,7 @@ def _disk(plan: Plan, num_trials: int) -> tuple[float, float | None]:
     config, local = plan.config, plan.folder.local
     needed = num_trials * _BYTES_PER_TRIAL
     if config.report.pictures:
-        num_kept = (1 + config.budget.steps) * NUM_KEPT + 2 * config.prompts.validation
+        num_kept = (1 + config.most_evaluations) * NUM_KEPT + 2 * config.prompts.validation
         num_kept += plan.search.num_for_report
         needed += num_kept * config.res.height * config.res.width * _BYTES_PER_PIXEL
     if local is None:

@@ -29,7 +29,7 @@ from search.storage import StorageError
 METRIC = "reward"
 # Of what is drawn for a report's pictures; no decision depends on it.
 _SHOWN: tuple[Kind, ...] = ("pruned alone", "resized")
-# Failed evaluations after which a search that has seen no success gives up.
+# Failed evaluations of its own after which a search that has seen no success gives up.
 _HOPELESS = 3
 _DIED = f"its worker died or could not start: {LOG_FILE} beside the results has Ray's reason"
 _RETRY = ": mend that and run again with trial.retry_failed=true"
@@ -42,7 +42,7 @@ class Step:
     chain, number: of the annealing chain, from 0, and the step in it, from 1.
     reward:        that the searcher took; an estimate if the race was lost; None if it failed.
     lost_race:     so that it cannot be the best, even where all its prompts were drawn.
-    event:         seed, accept, reject or fail; temperature: after it. Annealing's only.
+    event:         seed, accept, reject, jump or fail; temperature: after it. Annealing's only.
     """
 
     chain: int
@@ -262,6 +262,11 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         return found
 
     @property
+    def num_steps(self) -> int:
+        """How many steps count for the budget: all but the jumps of annealing's restarts."""
+        return sum(step.event != "jump" for step in self.steps)
+
+    @property
     def candidates(self) -> list[Evaluation]:
         """The evaluations that may win, best first, each candidate once."""
         found = {step.evaluation.key: step.evaluation for step in self.steps if not step.lost_race}
@@ -311,7 +316,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
     @property
     def progress(self) -> tuple[int, int]:
         """Steps and other evaluations that are done, and how many there will be."""
-        num_steps = len(self.steps)
+        num_steps = self.num_steps
         others = len(self.evaluations) - len(self._work.of("search"))
         validation = self._work.of("validation", "dense validation")
         num_shows = 0 if any(e.failure for e in validation) else self._num_shows
@@ -328,7 +333,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         """How many pictures are still to be drawn, if the other steps take what these took."""
         if self.finished:
             return 0
-        searched, num_steps = self._work.of("search")[len(self._warm) :], len(self.steps)
+        searched, num_steps = self._work.of("search")[len(self._warm) :], self.num_steps
         each = float(self._sizes["search"])
         if num_steps:
             each = sum(len(evaluation.rewards) for evaluation in searched) / num_steps
@@ -645,10 +650,14 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             self._searcher.on_trial_complete(searcher_id, result)
 
     def _stop_if_hopeless(self, last: Evaluation) -> None:
-        searched = self._work.of("search")
         if last.kind == "dense" and last.failure is not None:
             self.failure = f"the dense model cannot be evaluated: {last.failure}{_RETRY}"
-        elif len(searched) == _HOPELESS and all(e.failure is not None for e in searched):
+        if last.kind != "search" or last.failure is None:
+            return
+        # What failed in other searches says nothing of this one, in a warm start or later.
+        own = self._work.of("search")[len(self._warm) :]
+        failed = [e for e in own if e.failure is not None and e.key in self._ledger.spent.keys]
+        if len(failed) == _HOPELESS and not any(e.rewards for e in own):
             self.failure = f"the first {_HOPELESS} evaluations failed: {last.failure}{_RETRY}"
 
 

@@ -83,7 +83,7 @@ def _provenance(plan: Plan, winner: Evaluation) -> dict[str, Any]:
             name: {"digest": prompts.digest, "num_prompts": len(prompts)}
             for name, prompts in plan.prompt_sets.items()
         },
-        "num_steps": len(plan.search.steps),
+        "num_steps": plan.search.num_steps,
         "num_evaluations": len(searched),
         "num_failed": sum(e.failure is not None for e in searched.values()),
         "dense_score": dense.mean if dense else None,

@@ -48,6 +48,7 @@ class Recipe:
     size_conditioning: the HEIGHTxWIDTH that SDXL is told; requested: that of the picture.
     drawn_at:          the HEIGHTxWIDTH that pictures are drawn at, before they are resized to
                        height and width; requested: at those.
+    negative_prompt:   what guidance leads away from; None: the pipeline's own.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Recipe:
     reward_version: str
     size_conditioning: str = "requested"
     drawn_at: str = "requested"
+    negative_prompt: str | None = None
 
     @property
     def told_size(self) -> Resolution | None:
@@ -114,6 +116,8 @@ SCHEMA = pa.schema(
         ("reward_version", pa.string()),
         ("size_conditioning", pa.string()),
         ("drawn_at", pa.string()),
+        # Null: the pipeline's own.
+        ("negative_prompt", pa.string()),
         # The search that paid for it.
         ("run", pa.string()),
         ("batch_size", pa.int32()),

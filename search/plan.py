@@ -137,6 +137,7 @@ def _recipe(config: Config, model: Model, reward: Reward) -> Recipe:
         reward=reward.name,
         reward_version=reward.version,
         size_conditioning=str(config.model.native_res) if is_native else "requested",
+        negative_prompt=config.render.negative_prompt,
     )
 
 
@@ -191,13 +192,13 @@ def choose_prompts(config: Config) -> dict[str, PromptSet]:
     else:
         texts, source = shipped_texts(prompts.name), f"the list {prompts.name}"
         random.Random(prompts.seed).shuffle(texts)
-    return split_prompts(texts, sizes, prompts.seed, source, repeat)
+    return split_prompts(texts, sizes, prompts.seed, source, repeat, prompts.shared_noise)
 
 
 def _key(config: Config, recipe: Recipe, prompt_sets: dict[str, PromptSet]) -> str:
     # How far ahead of its steps annealing evaluates changes none of them.
     parts: dict[str, Any] = {
-        "recipe": {k: v for k, v in asdict(recipe).items() if k != "drawn_at"},
+        "recipe": {k: v for k, v in asdict(recipe).items() if k != "drawn_at" and v is not None},
         "searcher": config.searcher.model_dump(mode="json", exclude={"speculation"}),
         "space": config.space.bounds,
         "racing": config.racing.model_dump(mode="json") if config.racing.name == "on" else None,

@@ -67,7 +67,7 @@ def _content(plan: Plan) -> dict[str, object]:
         "validation": None if comparison is None else _validation(plan, comparison),
         "reranked": _reranked(plan),
         "history": _history(plan),
-        "num_steps": len(search.steps),
+        "num_steps": search.num_steps,
         "notes": _notes(plan),
         **_where(plan, looked_at),
         "importance": _importance(plan.search.space, looked_at),
@@ -396,7 +396,9 @@ def _use(plan: Plan) -> dict[str, str]:
     """Return code and a command that draw with what was found."""
     recipe, told = plan.recipe, plan.recipe.told_size
     prompt = plan.prompt_sets["validation"].prompts[0].text
-    size = f", original_size={astuple(told)}, target_size={astuple(told)}" if told else ""
+    others = f", original_size={astuple(told)}, target_size={astuple(told)}" if told else ""
+    if recipe.negative_prompt is not None:
+        others += f",\n    negative_prompt={recipe.negative_prompt!r}"
     file = str(plan.folder / RATIOS_FILE)
     code = f"""\
 import torch
@@ -412,7 +414,7 @@ crdiff_core.apply(pipe, {RATIOS_FILE!r})
 image = pipe(
     {prompt!r},
     height={recipe.height}, width={recipe.width},
-    num_inference_steps={recipe.num_steps}, guidance_scale={recipe.guidance_scale}{size},
+    num_inference_steps={recipe.num_steps}, guidance_scale={recipe.guidance_scale}{others},
 ).images[0]
 image.save("picture.png")"""
     model = ["--model", plan.config.model.path] if plan.config.model.path else []

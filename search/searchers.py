@@ -8,7 +8,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
     space:        (low, high) of each parameter; it stays within them.
     metric, mode: what trials report, and whether "max" or "min" is better.
     seed:         of every random number; equal seeds and results give equal commits.
-    max_steps:    steps in all, starting points included, over all chains; then it is finished.
+    max_steps:    steps in all, starting points included and jumps of restarts not, over all
+                  chains; then it is finished.
     seeds:        starting points, in any order, moved to the space's edge if they lie outside; by
                   default eight that fill the space evenly.
     speculation:  evaluations under way at most, dead ones not counted; "auto": as many as are
@@ -110,6 +111,17 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
             )
         if not 1 <= chains <= max_steps:
             raise ValueError(f"chains is {chains}: give 1 to max_steps, {max_steps}")
+        self._arguments: dict[str, Any] = {
+            "space": dict(zip(self.names, self._bounds, strict=True)),
+            "metric": metric,
+            "mode": mode,
+            "seed": int(seed),
+            "max_steps": int(max_steps),
+            "seeds": [dict(zip(self.names, start, strict=True)) for start in self._given],
+            "speculation": speculation,
+            "chains": chains,
+            **parameters,
+        }
         self._sign = 1.0 if mode == "max" else -1.0
         self._seed = seed
         self._max_steps = max_steps
@@ -124,6 +136,8 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
         # Of other searches, from before this one began.
         self._known: tuple[Observation, ...] = ()
         self._pending: dict[str, Point] = {}
+        # Pending when this searcher was saved: their results count, but nobody waits for them.
+        self._pending_before: dict[str, Point] = {}
         self._max_concurrent: float = math.inf
         self._has_suggested = False
         self._begin()
@@ -147,16 +161,17 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Take the rewards of the first prompts of an evaluation under way, under `rewards`."""
-        if trial_id in self._pending and self.race is not None and "rewards" in result:
-            self._take_rewards(self._pending[trial_id], result["rewards"])
+        point = self._pending.get(trial_id) or self._pending_before.get(trial_id)
+        if point is not None and self.race is not None and "rewards" in result:
+            self._take_rewards(point, result["rewards"])
             self._commit()
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Take an outcome, and every step that it makes possible."""
-        point = self._pending.pop(trial_id, None)
-        if point is None:
+        point = self._pending.pop(trial_id, None) or self._pending_before.pop(trial_id, None)
+        if point is None or point in self._seen:  # The first outcome of a point counts.
             return
         value = None if error or not result else result.get(self.metric)
         if value is not None and result is not None and "rewards" in result:
@@ -199,23 +214,35 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
             self._begin()
 
     def save(self, checkpoint_path: str) -> None:
-        """Write every known outcome as JSON; what is pending is suggested again after restore."""
+        """Write its arguments, every known outcome and what is pending, as JSON."""
         raw = {
+            "arguments": self._arguments,
+            "race": None if self.race is None else asdict(self.race),
             "known": self._known,
             "seen": list(self._seen.values()),
             "rewards": list(self._rewards.items()),
+            "pending": {**self._pending_before, **self._pending},
+            "has_suggested": self._has_suggested,
         }
         Path(checkpoint_path).write_text(json.dumps(raw), encoding="utf-8")
 
     def restore(self, checkpoint_path: str) -> None:
-        """Read what `save` wrote, into a searcher of the same arguments, and replay it."""
+        """Become the searcher that `save` wrote, whatever the arguments of this one were.
+
+        A result of a trial that was pending then counts. Its point is suggested again all the
+        same, since Ray may have lost the trial.
+        """
         raw = json.loads(Path(checkpoint_path).read_text(encoding="utf-8"))
+        race = None if raw["race"] is None else Race(**raw["race"])
+        saved = AnnealingSearch(**raw["arguments"], race=race)
+        saved._max_concurrent = self._max_concurrent  # Ray has set it for this run.
+        self.__dict__.update(saved.__dict__)
         seen = [Observation(tuple(point), *rest) for point, *rest in raw["seen"]]
         self._seen = {each.point: each for each in seen}
         self._rewards = {tuple(point): tuple(rewards) for point, rewards in raw["rewards"]}
-        self._pending = {}
         self._known = tuple(Observation(tuple(point), *rest) for point, *rest in raw["known"])
-        self._has_suggested = True
+        self._pending_before = {name: tuple(point) for name, point in raw["pending"].items()}
+        self._has_suggested = raw["has_suggested"]
         self._begin()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -145,7 +145,8 @@ class Speculation:
             # The next starting point comes whatever this one gives.
             return [(1.0, node.accepted if state.current is None else node.rejected)]
         share = self._acceptance(node, seen)
-        return [(share, node.accepted), (1 - share, node.rejected)]
+        both = [(share, node.accepted), (1 - share, node.rejected)]
+        return [(likelihood, child) for likelihood, child in both if likelihood > 0]
 
     def _after(self, node: Node, seen: Observation) -> Node:
         if node.known is None:
@@ -155,9 +156,11 @@ class Speculation:
 
     def _acceptance(self, node: Node, seen: Observation | None) -> float:
         """Return how likely a proposal is to be accepted, from the chain's own history."""
-        if seen is not None:
-            if seen.reward is None:
-                return 0.0
+        if seen is not None and seen.reward is None:
+            return 0.0
+        if node.state.is_jump:
+            return 1.0
+        if seen is not None and seen.reward is not None:
             return _TRUST if self._chain.accepts(node.state, seen.reward) else 1 - _TRUST
         if node.state.current is None:
             return _TRUST

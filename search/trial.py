@@ -24,6 +24,7 @@ class TrialSetup:
 
     revision:          of the model's weights as the driver sees them.
     size_conditioning: what SDXL is told of a picture's size; None: the resolution.
+    negative_prompt:   what guidance leads away from; None: the pipeline's own.
     reward_options:    of `crdiff_core.rewards.load_reward`, and the version they give the driver.
     device:            auto, cpu or cuda.
     num_threads:       CPU threads for torch.
@@ -36,6 +37,7 @@ class TrialSetup:
     guidance_scale: float
     poa_weight: float
     size_conditioning: Resolution | None
+    negative_prompt: str | None
     compile: str
     reward: str
     reward_options: Mapping[str, str]
@@ -88,6 +90,7 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
                 guidance_scale=setup.guidance_scale,
                 poa_weight=setup.poa_weight,
                 size_conditioning=setup.size_conditioning,
+                negative_prompt=setup.negative_prompt,
                 compile=setup.compile,
             )
             self._reward = load_reward(setup.reward, **setup.reward_options)

@@ -81,9 +81,17 @@ def test_the_papers_experiment_is_the_reference_implementations_search():
     assert config.model.name == "sd15"
     assert (config.reward.name, config.prompts.name) == ("image_reward", "reference")
     assert (config.poa_weight, config.prompts.search, config.prompts.seed) == (1.0, 2, 24432)
-    assert (config.budget.steps, config.searcher.start_from_paper) == (120, False)
+    # The starting point and 120 proposals.
+    assert (config.budget.steps, config.searcher.start_from_paper) == (121, False)
+    assert (config.prompts.shared_noise, config.render.negative_prompt) == (True, "")
     assert config.space.bounds == dict.fromkeys(("down", "mid", "up"), (0.1, 0.8))
     assert config.model.dtype == "float16"
+
+
+def test_the_jumps_of_restarts_are_evaluations_beside_the_steps():
+    assert composed("experiment=paper").most_evaluations == 123
+    assert composed("experiment=paper", "budget.steps=30").most_evaluations == 31
+    assert composed("budget.steps=30").most_evaluations == 30
 
 
 def test_the_defaults_of_annealing_are_the_reference_implementations():
@@ -98,7 +106,8 @@ def test_the_defaults_of_annealing_are_the_reference_implementations():
     )
     assert (searcher.step_size, searcher.min_step_size, searcher.patience) == (0.10, 0.005, 24)
     assert (searcher.reheat_above, searcher.reheat_factor, searcher.max_reheats) == (0.8, 1.5, 3)
-    assert (searcher.restart_step_factor, searcher.max_restarts) == (3.0, 2)
+    assert (searcher.restart_jump, searcher.max_restarts) == (0.30, 2)
+    assert searcher.min_temperature == 0
 
 
 @pytest.mark.parametrize(

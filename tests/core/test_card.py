@@ -155,6 +155,15 @@ def test_the_code_to_use_them_draws_as_the_search_did():
     assert 'from_pretrained("owner/name", dtype=torch.float16)' in text
 
 
+@pytest.mark.parametrize(
+    ("text", "said"), [(None, False), ("", True)], ids=["the pipeline's own", "empty"]
+)
+def test_the_code_says_the_negative_prompt_unless_it_is_the_pipelines_own(text, said):
+    recipe = {**PROVENANCE["recipe"], "negative_prompt": text}
+
+    assert ("negative_prompt=''" in card.model_card(ratios_file(recipe=recipe))) == said
+
+
 def test_a_file_of_the_reference_has_a_card_too():
     reference = RatiosFile("sdxl", Resolution(480, 360), 0.71, BlockRatios(0.43, 0.5, 0.36))
     text = ModelCard(card.model_card(reference)).text

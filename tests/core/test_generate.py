@@ -150,6 +150,14 @@ def test_sdxl_is_told_the_size_it_was_told_in_the_search(tmp_path, sd_folder, sd
     assert told == [Resolution(64, 64), None]
 
 
+@pytest.mark.parametrize("text", [None, "", "blurry"])
+def test_the_negative_prompt_is_that_of_the_search(tmp_path, sd_folder, text):
+    file = written(tmp_path / "best.json", recipe={"negative_prompt": text})
+    drawing = parsed("--model", sd_folder, "--ratios", file, "--prompt", "a cat")
+
+    assert drawing.negative_prompt == text
+
+
 def test_the_recipe_of_the_search_is_the_default_and_options_come_first(sd_folder, ratios_file):
     def drawing(*options):
         given = ["--model", str(sd_folder), "--ratios", str(ratios_file), "--prompt", "a cat"]

@@ -299,6 +299,14 @@ def test_different_texts_may_have_the_same_noise(monkeypatch):
     assert [(row.text, row.seed) for row in rows] == [("a", 7), ("b", 7), ("a", 8), ("b", 8)]
 
 
+def test_shared_noise_is_that_of_the_seed_and_in_later_rounds_of_the_next():
+    sizes = {"search": 2, "rerank": 3}
+    sets = split_prompts(["a", "b"], sizes, 24432, "file", repeat=True, shared_noise=True)
+    rows = [(p.text, p.seed) for each in sets.values() for p in each.prompts]
+
+    assert rows == [("a", 24432), ("b", 24432), ("a", 24433), ("b", 24433), ("a", 24434)]
+
+
 def test_there_must_be_a_text_to_repeat():
     with pytest.raises(PromptError, match=r"p.txt has 0 distinct prompts and 2 search are needed"):
         split_prompts([], {"search": 2}, 0, "p.txt", repeat=True)

@@ -334,6 +334,32 @@ def test_a_picture_that_does_not_fit_alone_is_refused_in_one_line(sd_replica):
         sd_replica.render([CAT, DOG])
 
 
+# The negative prompt
+
+
+def negative_embedding(folder: Path, **changes: Any) -> Tensor:
+    return load(folder, **changes)._embed("a cat")["negative_prompt_embeds"]
+
+
+def test_sdxl_is_led_away_from_zeros_unless_the_empty_text_is_asked_for(sdxl_folder):
+    assert not negative_embedding(sdxl_folder).any()
+    empty = negative_embedding(sdxl_folder, negative_prompt="")
+    pipe = Model("small", str(sdxl_folder), "float32").load(CPU)
+    encoded = pipe.encode_prompt("", device=CPU, do_classifier_free_guidance=False)[0]
+    torch.testing.assert_close(empty, encoded, rtol=0, atol=0)
+
+
+def test_others_are_led_away_from_the_empty_text_either_way(sd_folder):
+    own, empty = (negative_embedding(sd_folder, negative_prompt=text) for text in (None, ""))
+    assert own.any()
+    assert torch.equal(own, empty)
+
+
+def test_the_negative_prompt_changes_the_pictures(replica, folder):
+    blurry = load(folder, negative_prompt="blurry").render([CAT])
+    assert not torch.equal(blurry, replica.render([CAT]))
+
+
 # SDXL's size conditioning
 
 

@@ -89,9 +89,15 @@ def test_seeds_are_evaluated_first_and_the_chain_starts_from_the_best():
     assert steps[1][1].current == max(SEEDS, key=surface)
 
 
+def in_turn(*rewards):
+    """Rewards in the order of the proposals, whatever they are; after these 0."""
+    remaining = iter(rewards)
+    return lambda point: next(remaining, 0.0)
+
+
 def test_without_progress_a_good_best_reheats_then_restarts_then_ends():
     annealing = reference(BOUNDS, SEEDS[:1], num_steps=1000, patience=5, reheat_above=0.8)
-    steps = walk(Chain(annealing), reward=lambda point: 0.9 if point == SEEDS[0] else 0.0)
+    steps = walk(Chain(annealing), in_turn(0.5, 0.9))
     escapes = [
         (state.num_reheats, state.num_restarts)
         for (_, before), (_, state) in itertools.pairwise(steps)
@@ -99,23 +105,76 @@ def test_without_progress_a_good_best_reheats_then_restarts_then_ends():
     ]
 
     assert escapes == [(1, 0), (2, 0), (3, 0), (3, 1), (3, 2), (3, 3)]
-    assert len(steps) == 1 + 6 * 5
+    num_seeds, num_jumps = 1, 2
+    assert len(steps) == num_seeds + 1 + 6 * 5 + num_jumps
+
+
+def test_a_starting_point_above_the_bar_is_no_reason_to_reheat():
+    annealing = reference(BOUNDS, SEEDS[:1], patience=5, reheat_above=0.8)
+    steps = walk(Chain(annealing), in_turn(0.9))
+
+    assert steps[-1][1].num_reheats == 0
 
 
 def test_reheating_multiplies_the_temperature():
     annealing = reference(BOUNDS, SEEDS[:1], patience=5, reheat_above=0.8, cooling=0.9)
-    steps = walk(Chain(annealing), reward=lambda point: 0.9 if point == SEEDS[0] else 0.0)
+    steps = walk(Chain(annealing), in_turn(0.5, 0.9))
 
-    assert steps[5][1].temperature == pytest.approx(0.1 * 0.9**5 * 1.5)
+    assert steps[6][1].temperature == pytest.approx(0.1 * 0.9**6 * 1.5)
 
 
-def test_restarting_goes_back_to_the_best_with_larger_steps():
-    annealing = reference(BOUNDS, SEEDS[:1], patience=5, reheat_above=2.0)
-    steps = walk(Chain(annealing), reward=lambda point: 0.9 if point == SEEDS[0] else 0.89)
-    restarted = steps[5][1]
+def test_a_restart_jumps_once_from_the_best_and_goes_on_with_normal_steps():
+    annealing = reference(BOUNDS, SEEDS[:1], num_steps=1000, patience=20, max_restarts=1)
+    jumps, largest = [], []
+    for seed in range(50):
+        steps = walk(Chain(annealing, seed), in_turn(0.9, *[0.89] * 20, -5.0, -4.0))
+        points = [point for point, _ in steps]
+        restarted, jumped = steps[20][1], steps[21][1]
+        assert restarted.current == restarted.best == SEEDS[0]
+        assert (jumped.current, jumped.event, jumped.temperature) == (points[21], "jump", 0.1)
+        jumps.append(math.dist(points[21], SEEDS[0]))
+        largest += [math.dist(points[22], points[21])]
+        assert [state.event for _, state in steps].count("jump") == 1
+        assert sum(x != y for x, y in zip(points[21], SEEDS[0], strict=True)) == 1
 
-    assert restarted.current == restarted.best == SEEDS[0]
-    assert (restarted.temperature, restarted.step_factor) == (0.1, 3.0)
+    assert 0.2 < max(jumps) <= 0.3
+    assert 0.05 < max(largest) <= 0.1
+
+
+def test_jumps_are_made_beside_the_steps():
+    annealing = reference(BOUNDS, SEEDS[:1], num_steps=12, patience=5)
+    steps = walk(Chain(annealing), in_turn(0.9))
+
+    assert [state.step for _, state in steps if state.event == "jump"] == [7, 13]
+    assert len(steps) == 1 + 12 + 2
+
+
+def test_a_restart_at_the_last_step_still_jumps():
+    annealing = reference(BOUNDS, SEEDS[:1], num_steps=5, patience=5)
+    steps = walk(Chain(annealing), in_turn(*[0.0] * 6, 0.7))
+
+    assert (steps[-1][1].event, steps[-1][1].best_reward) == ("jump", 0.7)
+
+
+def test_a_jump_that_fails_leaves_the_chain_at_the_best():
+    chain = Chain(reference(BOUNDS, SEEDS[:1], patience=1))
+    state = chain.advance(chain.start(), Observation(SEEDS[0], 0.5))
+    state = chain.advance(state, Observation(chain.propose(state), 0.499))
+    assert state.is_jump
+
+    after = chain.advance(state, Observation(chain.propose(state), None))
+    assert (after.current, after.event, after.is_jump) == (SEEDS[0], "fail", False)
+
+
+def test_too_cold_and_out_of_patience_in_one_step_is_one_restart():
+    annealing = reference(
+        BOUNDS, SEEDS[:1], patience=5, cooling=0.5, min_temperature=0.005, restart_jump=0.0
+    )
+    steps = walk(Chain(annealing), in_turn(0.9))
+
+    # At 0.1 * 0.5^5 = 0.003, after 5 steps without a new best.
+    assert [state.num_restarts for _, state in steps[4:7]] == [0, 1, 1]
+    assert steps[5][1].temperature == 0.1
 
 
 def test_a_failed_evaluation_is_rejected():
@@ -155,6 +214,7 @@ chains = st.builds(
         step_size=st.floats(0.001, 1),
         patience=st.none() | st.integers(1, 10),
         max_restarts=st.none() | st.integers(0, 3),
+        restart_jump=st.sampled_from([0.0, 0.3]),
         initial_temperature=st.none() | st.floats(0.01, 1),
         reheat_above=st.none() | st.floats(-1, 1),
         candidates=st.sampled_from([1, 7]),
@@ -162,7 +222,8 @@ chains = st.builds(
     ),
     st.integers(0, 2**63 - 1),
 )
-rewards = st.lists(st.none() | st.floats(-3, 3), min_size=43, max_size=43)
+NUM_OUTCOMES = 43
+rewards = st.lists(st.none() | st.floats(-3, 3), min_size=NUM_OUTCOMES, max_size=NUM_OUTCOMES)
 
 
 @settings(max_examples=150, deadline=None)
@@ -173,7 +234,7 @@ def test_proposals_stay_in_bounds_and_the_best_is_never_lost(chain, outcomes):
         point = chain.propose(state)
         for value, (low, high) in zip(point, chain.annealing.bounds, strict=True):
             assert low - 1e-6 <= value <= high + 1e-6
-        reward = outcomes[state.step]
+        reward = outcomes[state.step % NUM_OUTCOMES]
         seen += [] if reward is None else [reward]
         state = chain.advance(state, Observation(point, reward))
         assert state.best_reward == max(seen, default=-math.inf)
@@ -189,7 +250,7 @@ def test_equal_outcomes_give_equal_walks(chain, outcomes):
         state, found = one.start(), []
         while not state.finished:
             found.append(one.propose(state))
-            state = one.advance(state, Observation(found[-1], outcomes[state.step]))
+            state = one.advance(state, Observation(found[-1], outcomes[state.step % NUM_OUTCOMES]))
         return found
 
     assert steps(chain) == steps(again)
@@ -206,7 +267,9 @@ def test_what_a_supposed_state_proposes_is_what_the_real_one_will(chain, outcome
     while not state.finished and state.step < 20:
         if not chain.is_seed(state) and state.current is not None:
             break
-        state = chain.advance(state, Observation(chain.propose(state), outcomes[state.step]))
+        state = chain.advance(
+            state, Observation(chain.propose(state), outcomes[state.step % NUM_OUTCOMES])
+        )
     supposed = real = state
     for accepted in decisions:
         if supposed.finished or real.finished or chain.annealing.candidates == 1:
@@ -218,7 +281,7 @@ def test_what_a_supposed_state_proposes_is_what_the_real_one_will(chain, outcome
         assert point == chain.propose(real)
         # A reward by which the real chain decides the same.
         reward = real.current_reward + (1.0 if accepted else -1e9)
-        if real.current is None:
+        if real.current is None or real.is_jump:
             reward = 0.0 if accepted else None
         supposed = chain.suppose(supposed, point, accepted)
         real = chain.advance(real, Observation(point, reward))
@@ -227,7 +290,9 @@ def test_what_a_supposed_state_proposes_is_what_the_real_one_will(chain, outcome
 @settings(max_examples=40, deadline=None)
 @given(
     chain=chains,
-    outcomes=st.lists(st.none() | st.integers(-64, 64), min_size=43, max_size=43),
+    outcomes=st.lists(
+        st.none() | st.integers(-64, 64), min_size=NUM_OUTCOMES, max_size=NUM_OUTCOMES
+    ),
     factor=st.sampled_from([0.25, 1.0, 64.0]),
     offset=st.sampled_from([-4.0, 0.0, 8.0]),
 )
@@ -243,7 +308,7 @@ def test_neither_the_scale_nor_the_offset_of_the_reward_changes_the_walk(
         state = one.start()
         while not state.finished:
             found.append(one.propose(state))
-            value = outcomes[state.step]
+            value = outcomes[state.step % NUM_OUTCOMES]
             reward = None if value is None else change(value)
             state = one.advance(state, Observation(found[-1], reward))
         return found

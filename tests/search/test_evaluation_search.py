@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crdiff_core.ratios import BlockRatios
+from search.annealing import REFERENCE
 from search.batching import Batching
 from search.comparison import compare
 from search.ledger import Ledger
@@ -577,6 +578,18 @@ def test_a_budget_too_small_for_one_evaluation_says_so(tmp_path):
     )
 
 
+def test_the_jumps_of_restarts_do_not_count_for_the_budget(tmp_path):
+    optimum = {"down": 0.6, "mid": 0.3, "up": 0.4}
+    annealing = {**REFERENCE, "seeds": [optimum], "patience": 3, "max_restarts": 9}
+    search = make_search(tmp_path, steps=12, annealing=annealing)
+    work(search)
+    num_jumps = [step.event for step in search.steps].count("jump")
+
+    assert num_jumps > 0
+    assert (search.num_steps, len(search.steps)) == (12, 12 + num_jumps)
+    assert search.progress[0] == search.progress[1]
+
+
 def test_more_steps_extend_a_finished_search(tmp_path):
     work(make_search(tmp_path, steps=10))
     longer = make_search(tmp_path, steps=20)
@@ -605,6 +618,35 @@ def test_a_search_begins_with_what_others_of_its_cell_measured(tmp_path, searche
     work(warm)
     assert warm.candidates[0].mean >= best.mean
     assert len(warm.steps) == (9 if searcher != "grid" else 8)
+
+
+@pytest.mark.parametrize("searcher", ["annealing", "random"])
+def test_failures_of_other_searches_end_no_search(tmp_path, searcher):
+    other = make_search(tmp_path, searcher, steps=3, run="other")
+    work(other, outcome=failing(lambda ratios: not ratios.is_dense))
+    assert other.failure is not None
+    known = list(Ledger(tmp_path).candidates.values())
+    warm = make_search(tmp_path, searcher, steps=9, warm_start=known)
+    work(warm)
+
+    assert (warm.failure, len(warm.steps)) == (None, 9)
+    # It comes by the same ones if it is not told of them.
+    cold = make_search(tmp_path, searcher, steps=9, run="cold")
+    work(cold)
+    assert (cold.failure, len(cold.steps)) == (None, 9)
+
+
+def test_a_warm_start_with_failures_gives_up_on_three_of_its_own(tmp_path):
+    work(make_search(tmp_path, steps=3, run="other"))
+    known = list(Ledger(tmp_path).candidates.values())
+    warm = make_search(tmp_path, steps=9, warm_start=known)
+    work(warm, outcome=failing(lambda ratios: not ratios.is_dense))
+
+    assert "the first 3 evaluations failed: NaN pictures" in warm.failure
+    # Looked at again from the ledger alone, it has failed too.
+    again = make_search(tmp_path, steps=9, warm_start=known)
+    assert again.replay()
+    assert again.failure == warm.failure
 
 
 def test_a_warm_start_takes_only_what_fits_the_space(tmp_path):

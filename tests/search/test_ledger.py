@@ -53,7 +53,8 @@ def test_rows_say_what_they_are_of(tmp_path):
 @pytest.mark.parametrize("field", [field.name for field in fields(RECIPE)])
 def test_every_part_of_the_recipe_is_part_of_the_key(field):
     value = getattr(RECIPE, field)
-    changed = replace(RECIPE, **{field: value + "x" if isinstance(value, str) else value + 1})
+    other = value + "x" if isinstance(value, str) else "x" if value is None else value + 1
+    changed = replace(RECIPE, **{field: other})
 
     assert changed.key(RATIOS) != RECIPE.key(RATIOS)
 
@@ -160,7 +161,7 @@ def test_a_write_that_fails_keeps_what_was_there_and_no_draft(tmp_path, monkeypa
 def test_ledgers_from_before_some_columns_still_count(tmp_path):
     written(tmp_path)
     file = next(tmp_path.glob("*.parquet"))
-    late = ["size_conditioning", "drawn_at", "memory_gib"]
+    late = ["size_conditioning", "drawn_at", "negative_prompt", "memory_gib"]
     late += [f"{stage}_seconds" for stage in STAGES]
     pq.write_table(pq.read_table(file).drop_columns(late), file)
 
@@ -179,10 +180,16 @@ def test_stages_and_memory_come_back_by_picture(tmp_path):
 
 def test_the_key_is_of_what_a_reward_depended_on_at_first(tmp_path):
     parts = {**asdict(RECIPE), "ratios": RATIOS.as_dict()}
-    del parts["size_conditioning"], parts["drawn_at"]
+    del parts["size_conditioning"], parts["drawn_at"], parts["negative_prompt"]
     expected = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     assert RECIPE.key(RATIOS) == expected
+
+
+def test_the_empty_negative_prompt_is_another_key_than_the_pipelines_own():
+    keys = {replace(RECIPE, negative_prompt=text).key(RATIOS) for text in (None, "", "blurry")}
+
+    assert len(keys) == 3
 
 
 def test_a_batch_drawn_in_parts_says_how_many_at_once(tmp_path):

@@ -100,6 +100,20 @@ def test_the_size_that_sdxl_is_told_is_part_of_the_recipe(tmp_path, sdxl_folder)
     assert requested.key != native.key
 
 
+def test_the_negative_prompt_is_part_of_the_recipe(tmp_path):
+    own, empty = plan(tmp_path), plan(tmp_path, "render.negative_prompt=''")
+
+    assert (own.recipe.negative_prompt, empty.recipe.negative_prompt) == (None, "")
+    assert own.key != empty.key
+
+
+def test_the_references_prompts_are_drawn_from_one_noise():
+    prompts = choose_prompts(composed("prompts=reference"))["search"].prompts
+
+    assert [prompt.seed for prompt in prompts] == [24432, 24432]
+    assert len({prompt.text for prompt in prompts}) == 2
+
+
 def test_a_plan_writes_nothing_but_an_empty_ledger(tmp_path):
     plan(tmp_path)
 

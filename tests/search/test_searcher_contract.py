@@ -238,6 +238,40 @@ def test_restored_into_a_blank_searcher_it_goes_on_as_in_one_go(name, before, af
     assert found == evaluate(make(name), before + after)
 
 
+def blank(name):
+    """A searcher of the kind that is to be restored, with other arguments."""
+    space = {parameter: (0.0, 0.9) for parameter in SPACE}
+    return make(name, space, seed=99, mode="min", num_evaluations=8)
+
+
+@every
+def test_restored_into_one_of_other_arguments_it_is_the_one_that_was_saved(name, tmp_path):
+    one = make(name, seed=4)
+    found = evaluate(one, 9)
+    one.save(str(tmp_path / "state"))
+    other = blank(name)
+    other.restore(str(tmp_path / "state"))
+    found += evaluate(other, SOME - 9)
+
+    assert found == evaluate(make(name, seed=4), SOME)
+
+
+@every
+def test_a_result_counts_if_its_trial_was_under_way_when_the_searcher_was_saved(name, tmp_path):
+    one = make(name)
+    evaluate(one, 9)
+    config = one.suggest("under way")
+    one.save(str(tmp_path / "state"))
+    other = blank(name)
+    other.restore(str(tmp_path / "state"))
+    for search in (one, other):
+        search.on_trial_complete("under way", **report(config))
+    expected, found = evaluate(one, 5), evaluate(other, 5)
+
+    assert found == expected
+    assert config not in found
+
+
 @every
 def test_a_trial_under_way_when_it_was_saved_may_end_after_it_was_restored(name, tmp_path):
     one = make(name, num_evaluations=9 if name != "grid" else 8)

@@ -77,6 +77,57 @@ def test_restored_into_a_blank_searcher_it_goes_on_the_same(tmp_path):
     assert run(other) == run(one)
 
 
+def state_of(search):
+    return [(commit.chain, commit.seen, commit.state) for commit in search.commits]
+
+
+def test_a_blank_searcher_takes_the_arguments_and_what_is_pending_from_the_one_saved(tmp_path):
+    def result(config):
+        return {"loss": -reward(config), "rewards": [-reward(config)] * 16}
+
+    one = AnnealingSearch(
+        SPACE,
+        metric="loss",
+        mode="min",
+        seed=7,
+        max_steps=30,
+        seeds=[dict.fromkeys(SPACE, 0.3), dict.fromkeys(SPACE, 0.6)],
+        chains=2,
+        race=Race(0.1, stride=4),
+        cooling=0.9,
+    )
+    for number in range(12):
+        config = one.suggest(str(number))
+        one.on_trial_complete(str(number), result(config))
+    pending = {name: one.suggest(name) for name in ("a", "b")}
+    one.save(str(tmp_path / "state"))
+    other = AnnealingSearch({"x": (0, 1)})
+    other.set_max_concurrency(2)
+    other.restore(str(tmp_path / "state"))
+
+    assert state_of(other) == state_of(one)
+    for search in (one, other):
+        search.on_trial_result("a", {"rewards": [-1.0] * 8})
+        for name, config in pending.items():
+            search.on_trial_complete(name, result(config))
+    assert state_of(other) == state_of(one)
+    assert other.race == one.race
+    assert [other.suggest(name) is None for name in "cde"] == [False, False, True]
+
+
+def test_a_point_that_was_pending_may_be_evaluated_again_and_its_first_result_counts(tmp_path):
+    one = AnnealingSearch(SPACE, seed=1)
+    config = one.suggest("before")
+    one.save(str(tmp_path / "state"))
+    other = AnnealingSearch(SPACE)
+    other.restore(str(tmp_path / "state"))
+
+    assert other.suggest("again") == config
+    other.on_trial_complete("before", {"reward": 0.5})
+    other.on_trial_complete("again", {"reward": 9.0})
+    assert [commit.seen.reward for commit in other.commits] == [0.5]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

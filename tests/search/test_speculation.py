@@ -77,11 +77,14 @@ def steps(search):
     chains=st.sampled_from([1, 1, 3]),
     speculation=st.sampled_from(["auto", "off", 1, 3, 1000]),
     patience=st.sampled_from([None, 4]),
+    jump=st.sampled_from([0.0, 0.3]),
+    candidates=st.sampled_from([1, 100]),
 )
 def test_any_number_of_workers_takes_the_same_steps(
-    surface, order, num_workers, failing, chains, speculation, patience
+    surface, order, num_workers, failing, chains, speculation, patience, jump, candidates
 ):
     arguments = {"chains": chains, "patience": patience, "reheat_above": 0.3}
+    arguments |= {"restart_jump": jump, "candidates": candidates}
     rewards = table(surface, failing)
     one, _ = run(rewards, speculation="off", **arguments)
     many, _ = run(rewards, num_workers, order, speculation=speculation, **arguments)
