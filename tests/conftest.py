@@ -21,9 +21,13 @@ TESTS = Path(__file__).parent
 # The folders whose tests are a tier of their own, with the marker of the same name.
 TIERS = {"services", "faults"}
 
-# No test is timed: a machine that is taken would fail it.
-hypothesis.settings.register_profile("untimed", deadline=None)
-hypothesis.settings.load_profile("untimed")
+# No test is timed: a busy machine would fail it. The default is the same for everyone; thorough
+# (--hypothesis-profile=thorough) looks for what nobody has seen yet.
+hypothesis.settings.register_profile(
+    "quick", deadline=None, max_examples=30, derandomize=True, database=None
+)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=300)
+hypothesis.settings.load_profile("quick")
 # Before torch computes anything, and for every process that a test starts.
 make_reproducible()
 # Before torch is imported: the tests' processes share the cores, and threads that wait for one
