@@ -6,6 +6,7 @@ import argparse
 import io
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -117,8 +118,11 @@ def write_history(plan: Plan) -> None:
     others = [e for e in search.evaluations if e.kind != "search"]
     rows = [_row(e) for e in others if e.kind == "dense"]
     for number, step in enumerate(search.steps, 1):
+        row = _row(step.evaluation)
+        if step.lost_race:  # Other workers may have drawn the rest of its prompts meanwhile.
+            row |= {"reward": None, "standard_error": None}
         rows.append(
-            _row(step.evaluation)
+            row
             | {
                 "step": number,
                 "chain": step.chain,
@@ -198,12 +202,12 @@ def load_plan(place: str | Path) -> Plan:
     return plan
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Export the best ratios of a finished run again, from the ledger."""
     parser = argparse.ArgumentParser(prog="python -m search.export", description=main.__doc__)
     parser.add_argument("run", help="folder, such as runs/shapes_24x40/annealing-seed0")
     try:
-        plan = load_plan(parser.parse_args().run)
+        plan = load_plan(parser.parse_args(arguments).run)
         plan.search.replay()
         write_history(plan)
         print(write_ratios(plan))
