@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from crdiff_core.ratios import GROUPS, RatiosFile
 from search.comparison import Comparison, compare
 from search.config import Config, ConfigError
 from search.evaluations import Evaluation
-from search.plan import EARLIER, Plan
+from search.plan import EARLIER, Plan, folder_of
 from search.runs import RATIOS_FILE, RUN_FILE, read_record
 from search.storage import Storage
 
@@ -184,6 +185,8 @@ def load_plan(place: str | Path) -> Plan:
             f"{folder} is not the folder of a run (no readable {RUN_FILE}): give one, such as "
             "runs/shapes_24x40/annealing-seed0"
         ) from error
+    if folder.local is not None:  # The names of the folders it lies in count, and .. is none.
+        folder = Storage.at(os.path.abspath(folder.local))
     if folder.parent.name == EARLIER:
         raise ConfigError(
             f"{folder} holds the results of earlier settings, not a run of its own: run the "
@@ -193,7 +196,14 @@ def load_plan(place: str | Path) -> Plan:
     raw["output"] = str(folder.parent.parent)
     if isinstance(raw.get("trial"), dict):  # What failed then is not to be evaluated again now.
         raw["trial"] = {**raw["trial"], "retry_failed": False}
-    plan = Plan.make(Config.parse(raw))
+    config = Config.parse(raw)
+    named = folder_of(config)
+    if named.path != folder.path:  # Its ledger and its results would be looked for there.
+        raise ConfigError(
+            f"{folder} was renamed: call it {named.parent.name}/{named.name} again, as its "
+            "settings do, or give its own path if this is a link"
+        )
+    plan = Plan.make(config)
     if plan.key != key:
         raise ConfigError(
             f"{folder} was made with another model, reward or prompts than these settings give "

@@ -62,11 +62,12 @@ def named(figure, name):
 
 # --- gains -----------------------------------------------------------------------------------
 
+COMPARISON = Comparison(0.04, -0.2, 0.3, 5)
 DIFFERENCES = [("a", 0.2), ("b", -0.1), ("c", 0.0), ("d", 0.4), ("e", -0.3)]
 
 
 def test_gains_are_sorted_and_keep_their_prompts():
-    (bars,) = gains(Comparison(0.04, -0.2, 0.3, 5), DIFFERENCES).data
+    (bars,) = gains(COMPARISON, DIFFERENCES).data
 
     assert list(bars.y) == [-0.3, -0.1, 0.0, 0.2, 0.4]
     assert list(bars.x) == [1, 2, 3, 4, 5]
@@ -74,7 +75,7 @@ def test_gains_are_sorted_and_keep_their_prompts():
 
 
 def test_losses_have_a_colour_of_their_own():
-    (bars,) = gains(Comparison(0.04, -0.2, 0.3, 5), DIFFERENCES).data
+    (bars,) = gains(COMPARISON, DIFFERENCES).data
     colours = bars.marker.color
 
     assert len(set(colours[:2])) == len(set(colours[2:])) == 1
@@ -82,7 +83,7 @@ def test_losses_have_a_colour_of_their_own():
 
 
 def test_gains_show_their_mean_and_its_interval():
-    figure = gains(Comparison(0.04, -0.2, 0.3, 5), DIFFERENCES)
+    figure = gains(COMPARISON, DIFFERENCES)
     spans = [(shape.type, shape.y0, shape.y1) for shape in figure.layout.shapes]
 
     assert spans == [("rect", -0.2, 0.3), ("line", 0.04, 0.04)]
@@ -337,7 +338,7 @@ def test_no_text_of_anybodys_comes_into_a_chart(search, evaluations):
         assert "alert" not in texts
         assert set(re.findall(r"<\W*\w+", texts)) <= {"<br", "<extra", "</extra"}
     # Here it is the caller who escapes.
-    (bars,) = gains(Comparison(0.1, 0.1, 0.1, 1), [(html.escape(HOSTILE), 0.1)]).data
+    (bars,) = gains(COMPARISON, [(html.escape(HOSTILE), 0.1)]).data
     assert bars.customdata[0] == html.escape(HOSTILE)
 
 

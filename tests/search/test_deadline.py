@@ -18,7 +18,7 @@ class Driver:
         self.now = 100.0
         self.events = []
         self.deadline = Deadline(
-            TIMEOUT_S, lambda name: self.events.append(("told", name)), lambda: self.now
+            TIMEOUT_S, lambda name: self.events.append(("told", name)), clock=lambda: self.now
         )
 
     def pass_s(self, seconds, *trials):

@@ -45,16 +45,26 @@ def failed(reason="lost", transient=True):
     return {"failure": reason, "transient": transient}
 
 
-def cut_all(work, evaluation):
+def take(work, evaluation):
+    """The next batch that is to be drawn."""
+    return work.cut(evaluation)
+
+
+def take_all(work, evaluation):
     batches = []
     while evaluation.todo:
-        batches.append(work.cut(evaluation))
+        batches.append(take(work, evaluation))
     return batches
+
+
+def left(evaluation):
+    """The prompts that no trial draws yet."""
+    return list(evaluation.todo)
 
 
 def draw(work, evaluation, **changes):
     """Draw whatever is missing, and close the evaluation."""
-    for batch in cut_all(work, evaluation):
+    for batch in take_all(work, evaluation):
         work.settle(evaluation, batch, measured(evaluation, batch, **changes))
     return work.close(evaluation)
 
@@ -69,34 +79,26 @@ def drawn(work, kind="search", candidate=CANDIDATE, prompts="search", **changes)
 @pytest.mark.parametrize("size", [1, 3, NUM_SEARCH, 100])
 def test_batches_cover_every_prompt_once_in_order(tmp_path, size):
     work = opened(tmp_path, size)
-    batches = cut_all(work, work.begin("search", CANDIDATE, "search"))
+    batches = take_all(work, work.begin("search", CANDIDATE, "search"))
 
     assert sum(batches, ()) == tuple(range(NUM_SEARCH))
     assert max(len(batch) for batch in batches) == min(size, NUM_SEARCH)
 
 
-def test_a_race_may_ask_for_smaller_batches(work):
-    evaluation = work.begin("search", CANDIDATE, "search")
-
-    assert work.cut(evaluation, most=2) == (0, 1)
-    assert len(work.cut(evaluation, most=100)) <= 3
-
-
 def test_a_trial_names_the_prompts_by_their_place_in_the_whole_set(work):
     candidate = replace(OTHER, poa_weight=1.0, drawn_at="48x80")
     evaluation = work.begin("resized", candidate, "validation", numbers=[2, 5, 9])
-    batch = work.cut(evaluation)
+    batches = take_all(work, evaluation)
+    trials = [evaluation.trial(batch, keep=True) for batch in batches]
 
-    assert evaluation.trial(batch, keep=True) == {
-        "ratios": OTHER.ratios.as_dict(),
-        "poa_weight": 1.0,
-        "drawn_at": "48x80",
-        "prompts": "validation",
-        "batch": [2, 5, 9],
-        "keep": [0, 1, 2],
-    }
-    closed = draw(work, evaluation)
-    assert closed.prompts.prompts == tuple(PROMPTS["validation"].prompts[n] for n in (2, 5, 9))
+    assert [number for trial in trials for number in trial["batch"]] == [2, 5, 9]
+    for trial in trials:
+        assert trial["ratios"] == OTHER.ratios.as_dict()
+        assert (trial["poa_weight"], trial["drawn_at"]) == (1.0, "48x80")
+        assert trial["prompts"] == "validation"
+    assert evaluation.prompts.prompts == tuple(
+        PROMPTS["validation"].prompts[number] for number in (2, 5, 9)
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_a_settled_batch_leaves_its_pictures_in_their_folder_and_not_in_the_resu
     work = opened(tmp_path, pictures=pictures)
     evaluation = work.begin("search", CANDIDATE, "search")
     # The second batch comes first.
-    batches = cut_all(work, evaluation)
+    batches = take_all(work, evaluation)
     result = measured(evaluation, batches[1], pictures={0: b"fourth"})
     work.settle(evaluation, batches[1], result)
 
@@ -160,7 +162,7 @@ def test_an_evaluation_is_the_mean_over_all_its_prompts(work, kind, candidate, p
 
 def test_rewards_are_in_the_order_of_the_prompts_whenever_they_came(work):
     evaluation = work.begin("search", CANDIDATE, "search")
-    batches = cut_all(work, evaluation)
+    batches = take_all(work, evaluation)
     first = []
     for batch in reversed(batches):
         work.settle(evaluation, batch, measured(evaluation, batch))
@@ -174,7 +176,7 @@ def test_rewards_are_in_the_order_of_the_prompts_whenever_they_came(work):
 def test_what_the_ledger_knows_is_not_handed_out_again(tmp_path):
     first = opened(tmp_path)
     begun = first.begin("search", CANDIDATE, "search")
-    batch = first.cut(begun)
+    batch = take(first, begun)
     first.settle(begun, batch, measured(begun, batch))
     rest = list(range(len(batch), NUM_SEARCH))
     again = opened(tmp_path)
@@ -182,13 +184,13 @@ def test_what_the_ledger_knows_is_not_handed_out_again(tmp_path):
     assert again.missing(CANDIDATE) == rest
     assert again.missing(OTHER) == list(range(NUM_SEARCH))
     evaluation = again.begin("search", CANDIDATE, "search")
-    assert list(evaluation.todo) == sorted(evaluation.missing) == rest
+    assert left(evaluation) == sorted(evaluation.missing) == rest
     closed = draw(again, evaluation)
     assert closed.num_rendered == len(rest)
     assert closed.rewards == drawn(opened(tmp_path / "whole")).rewards
 
     known = opened(tmp_path).begin("search", CANDIDATE, "search")
-    assert not known.todo
+    assert left(known) == []
     assert not known.missing
     assert known.num_first == NUM_SEARCH
 
@@ -228,10 +230,10 @@ def test_the_ledger_says_which_candidate_a_row_is_of(tmp_path):
 
 def test_a_trial_that_ended_before_it_began_gives_its_batch_back(work):
     evaluation = work.begin("search", CANDIDATE, "search")
-    batch = work.cut(evaluation)
+    batch = take(work, evaluation)
     work.settle(evaluation, batch, None)
 
-    assert work.cut(evaluation) == batch
+    assert take(work, evaluation) == batch
     assert evaluation.num_failures.total() == 0
 
 
@@ -239,33 +241,33 @@ def test_a_trial_that_ended_before_it_began_gives_its_batch_back(work):
 def test_a_transient_failure_that_stays_fails_the_evaluation(tmp_path, max_failures):
     work = opened(tmp_path, max_failures=max_failures)
     evaluation = work.begin("search", CANDIDATE, "search")
-    first = work.cut(evaluation)
+    first = take(work, evaluation)
     for _ in range(max_failures):
         work.settle(evaluation, first, failed())
         assert evaluation.failure is None
-        assert work.cut(evaluation) == first
+        assert take(work, evaluation) == first
     work.settle(evaluation, first, failed())
 
     assert evaluation.failure == "lost"
-    assert set(evaluation.todo).isdisjoint(first)
+    assert set(left(evaluation)).isdisjoint(first)
 
 
 def test_a_failure_that_is_not_transient_is_not_tried_again(work):
     evaluation = work.begin("search", CANDIDATE, "search")
-    batch = work.cut(evaluation)
+    batch = take(work, evaluation)
     work.settle(evaluation, batch, failed("NaN pictures", transient=False))
 
     assert evaluation.failure == "NaN pictures"
-    assert set(evaluation.todo).isdisjoint(batch)
+    assert set(left(evaluation)).isdisjoint(batch)
 
 
 def test_each_batch_may_fail_as_often_as_allowed(tmp_path):
     work = opened(tmp_path, max_failures=1)
     evaluation = work.begin("search", CANDIDATE, "search")
     while evaluation.todo:
-        batch = work.cut(evaluation)
+        batch = take(work, evaluation)
         work.settle(evaluation, batch, failed())
-        assert work.cut(evaluation) == batch
+        assert take(work, evaluation) == batch
         work.settle(evaluation, batch, measured(evaluation, batch))
 
     assert work.close(evaluation).is_complete
@@ -273,7 +275,7 @@ def test_each_batch_may_fail_as_often_as_allowed(tmp_path):
 
 def test_a_failed_evaluation_has_its_reason_and_no_reward(work):
     evaluation = work.begin("search", CANDIDATE, "search")
-    good, bad = work.cut(evaluation), work.cut(evaluation)
+    good, bad = take(work, evaluation), take(work, evaluation)
     work.settle(evaluation, good, measured(evaluation, good))
     work.settle(evaluation, bad, failed("NaN pictures", transient=False))
     closed = work.close(evaluation)
@@ -290,20 +292,20 @@ def test_a_failed_evaluation_has_its_reason_and_no_reward(work):
 def test_a_recorded_failure_is_tried_again_only_if_asked_for(tmp_path):
     work = opened(tmp_path)
     evaluation = work.begin("search", CANDIDATE, "search")
-    batch = work.cut(evaluation)
+    batch = take(work, evaluation)
     work.settle(evaluation, batch, failed("NaN pictures", transient=False))
     again = opened(tmp_path).begin("search", CANDIDATE, "search")
     asked = opened(tmp_path, retry_failed=True).begin("search", CANDIDATE, "search")
 
     assert again.failure == "NaN pictures"
-    assert set(again.todo).isdisjoint(batch)
+    assert set(left(again)).isdisjoint(batch)
     assert asked.failure is None
     assert asked.missing == set(range(NUM_SEARCH))
 
 
 def test_a_batch_that_cannot_be_recorded_stays_missing(work, monkeypatch):
     evaluation = work.begin("search", CANDIDATE, "search")
-    batch = work.cut(evaluation)
+    batch = take(work, evaluation)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -344,7 +346,7 @@ def test_of_a_candidate_the_last_search_evaluation_counts(work):
 
 def test_a_stopped_evaluation_has_the_rewards_so_far_and_its_estimate(work):
     evaluation = work.begin("search", CANDIDATE, "search")
-    batch = work.cut(evaluation)
+    batch = take(work, evaluation)
     work.settle(evaluation, batch, measured(evaluation, batch))
     stopped = work.close(evaluation, is_stopped=True, estimate=0.25)
 
@@ -366,7 +368,7 @@ def test_one_prompt_has_a_mean_and_no_standard_error(tmp_path):
 
 def test_time_is_summed_by_stage_and_memory_is_the_peak(work):
     evaluation = work.begin("search", CANDIDATE, "search")
-    batches = cut_all(work, evaluation)
+    batches = take_all(work, evaluation)
     for number, batch in enumerate(batches):
         seconds = {"prune": 0.5, "render": 2.0 * len(batch), "score": 0.25}
         # The last worker has no GPU.
@@ -393,7 +395,7 @@ def test_what_was_not_measured_is_left_out(work):
 
 def test_the_sparsity_is_of_a_batch_that_was_drawn(work):
     evaluation = work.begin("search", CANDIDATE, "search")
-    bad, good = work.cut(evaluation), work.cut(evaluation)
+    bad, good = take(work, evaluation), take(work, evaluation)
     work.settle(evaluation, bad, failed(transient=False))
     work.settle(evaluation, good, measured(evaluation, good))
 

@@ -82,7 +82,9 @@ def test_its_provenance_says_how_they_were_found(finished):
     steps = {step.evaluation.key for step in finished.search.steps}
 
     assert provenance["ledger_key"] == winner.key
-    assert provenance["recipe"] == asdict(finished.recipe)
+    drawn, recipe = provenance["recipe"], asdict(finished.recipe)
+    for name in ("model", "revision", "height", "width", "num_steps", "reward", "poa_weight"):
+        assert drawn[name] == recipe[name]
     assert provenance["sparsity"] == winner.ratios.as_dict()
     assert provenance["num_prunable"] == finished.model.num_prunable()
     assert provenance["searcher"]["name"] == "annealing"
@@ -286,6 +288,30 @@ def test_a_run_that_was_moved_is_found_where_it_is(finished, copied):
     assert plan.search.replay()
     assert plan.search.num_drawn == 0
     assert plan.search.winner.key == finished.search.winner.key
+
+
+@pytest.mark.parametrize("place", ["../{run}", "../../{cell}/{run}/."])
+def test_a_run_is_found_from_beside_it(copied, monkeypatch, place):
+    cell, beside = copied.parent, copied.parent / "ledger"
+    monkeypatch.chdir(beside)
+
+    found = load_plan(place.format(cell=cell.name, run=copied.name))
+    assert found.folder == Storage.at(copied)
+    assert all(path.suffix == ".parquet" for path in beside.iterdir())
+
+
+@pytest.mark.parametrize("which", ["the run's", "the cell's"])
+def test_a_renamed_folder_is_refused_and_nothing_is_made_in_its_place(copied, which):
+    cell = copied.parent
+    names = f"{cell.name}/{copied.name}"
+    old = copied if which == "the run's" else cell
+    new = old.rename(old.with_name("renamed"))
+    place = new if which == "the run's" else new / copied.name
+
+    with pytest.raises(ConfigError) as refused:
+        load_plan(place)
+    assert str(refused.value).startswith(f"{place} was renamed: call it {names} again, as its ")
+    assert not old.exists()
 
 
 def test_the_same_file_comes_from_the_ledger_alone(finished, copied):
