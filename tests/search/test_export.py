@@ -30,7 +30,7 @@ from search.racing import Race
 from search.runs import RATIOS_FILE, RUN_FILE
 from search.storage import Storage
 from tests.search.landscapes import make_search, measure, work
-from tests.search.test_report import best_above, searched
+from tests.search.test_report import best_above, make_plan, searched
 
 NUM_STEPS = 12
 
@@ -103,6 +103,24 @@ def test_its_provenance_says_how_they_were_found(finished):
     assert provenance["validation"]["verdict"] == validated(finished).verdict
     assert provenance["use"]["pictures"] == finished.ledger.table().num_rows
     assert set(provenance["versions"]) == set(PACKAGES)
+
+
+def test_the_score_of_the_reranking_is_the_winners(tmp_path):
+    fresh = make_plan(tmp_path).prompt_sets["rerank"].prompts
+
+    def rewards(ratios, prompt):
+        """The best of the search is the worst on fresh prompts."""
+        return best_above(ratios, prompt) * (-1 if prompt in fresh else 1)
+
+    plan = searched(tmp_path, "report.pictures=0", "budget.steps=3", rewards=rewards)
+    winner = plan.search.winner
+    write_ratios(plan)
+    provenance = json.loads(read(plan, RATIOS_FILE))["provenance"]
+
+    assert winner.key != plan.search.candidates[0].key
+    assert provenance["rerank_score"] == pytest.approx(
+        statistics.fmean(rewards(winner.ratios, prompt) for prompt in fresh)
+    )
 
 
 def test_failed_evaluations_are_counted(tmp_path):
