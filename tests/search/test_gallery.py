@@ -148,8 +148,12 @@ def test_before_anything_is_drawn_nothing_is_shown(tmp_path):
     assert groups(make_plan(tmp_path)) == []
 
 
-def test_a_search_that_keeps_no_pictures_shows_none(tmp_path):
-    assert groups(searched(tmp_path, "budget.steps=2", "report.pictures=0")) == []
+@pytest.mark.parametrize("most", [3, 999], ids=["under way", "finished"])
+def test_a_search_that_keeps_no_pictures_shows_none(tmp_path, most):
+    plan = searched(tmp_path, "budget.steps=2", "report.pictures=0", most=most)
+
+    assert plan.search.evaluations
+    assert groups(plan) == []
 
 
 def test_a_picture_that_was_lost_leaves_its_reward(tmp_path):
