@@ -40,5 +40,6 @@ class Budget:
             limit, value = getattr(self, name), getattr(use, name)
             if limit is not None and value > limit:
                 end = "" if name == "evaluations" else ", re-ranking and validation included"
-                return f"budget.{name}={limit:g} (going on would come to {value:.6g}{end})"
+                shown = f"{value:.6g}" if isinstance(value, float) else f"{value}"
+                return f"budget.{name}={limit:.12g} (going on would come to {shown}{end})"
         return None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +22,7 @@ from crdiff_core.ratios import GROUPS, RatiosFile
 from search.comparison import Comparison, compare
 from search.config import Config, ConfigError
 from search.evaluations import Evaluation
-from search.plan import EARLIER, Plan
+from search.plan import EARLIER, Plan, folder_of
 from search.runs import RATIOS_FILE, RUN_FILE, read_record
 from search.storage import Storage
 
@@ -117,8 +119,11 @@ def write_history(plan: Plan) -> None:
     others = [e for e in search.evaluations if e.kind != "search"]
     rows = [_row(e) for e in others if e.kind == "dense"]
     for number, step in enumerate(search.steps, 1):
+        row = _row(step.evaluation)
+        if step.lost_race:  # Other workers may have drawn the rest of its prompts meanwhile.
+            row |= {"reward": None, "standard_error": None}
         rows.append(
-            _row(step.evaluation)
+            row
             | {
                 "step": number,
                 "chain": step.chain,
@@ -180,6 +185,8 @@ def load_plan(place: str | Path) -> Plan:
             f"{folder} is not the folder of a run (no readable {RUN_FILE}): give one, such as "
             "runs/shapes_24x40/annealing-seed0"
         ) from error
+    if folder.local is not None:  # The names of the folders it lies in count, and .. is none.
+        folder = Storage.at(os.path.abspath(folder.local))
     if folder.parent.name == EARLIER:
         raise ConfigError(
             f"{folder} holds the results of earlier settings, not a run of its own: run the "
@@ -189,7 +196,14 @@ def load_plan(place: str | Path) -> Plan:
     raw["output"] = str(folder.parent.parent)
     if isinstance(raw.get("trial"), dict):  # What failed then is not to be evaluated again now.
         raw["trial"] = {**raw["trial"], "retry_failed": False}
-    plan = Plan.make(Config.parse(raw))
+    config = Config.parse(raw)
+    named = folder_of(config)
+    if named.path != folder.path:  # Its ledger and its results would be looked for there.
+        raise ConfigError(
+            f"{folder} was renamed: call it {named.parent.name}/{named.name} again, as its "
+            "settings do, or give its own path if this is a link"
+        )
+    plan = Plan.make(config)
     if plan.key != key:
         raise ConfigError(
             f"{folder} was made with another model, reward or prompts than these settings give "
@@ -198,12 +212,12 @@ def load_plan(place: str | Path) -> Plan:
     return plan
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Export the best ratios of a finished run again, from the ledger."""
     parser = argparse.ArgumentParser(prog="python -m search.export", description=main.__doc__)
     parser.add_argument("run", help="folder, such as runs/shapes_24x40/annealing-seed0")
     try:
-        plan = load_plan(parser.parse_args().run)
+        plan = load_plan(parser.parse_args(arguments).run)
         plan.search.replay()
         write_history(plan)
         print(write_ratios(plan))

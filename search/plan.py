@@ -72,8 +72,8 @@ class Plan:
         recipe = _recipe(config, model, reward)
         prompt_sets = choose_prompts(config)
         reward.check([each.text for prompts in prompt_sets.values() for each in prompts.prompts])
-        cell = Storage.at(config.output) / f"{model.name}_{config.res}"
-        folder = cell / _folder_name(config)
+        folder = folder_of(config)
+        cell = folder.parent
         key = _key(config, recipe, prompt_sets)
         record = read_record(folder)
         if record.get("key") != key:
@@ -207,6 +207,12 @@ def _key(config: Config, recipe: Recipe, prompt_sets: dict[str, PromptSet]) -> s
         "rerank": config.rerank.model_dump(mode="json"),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def folder_of(config: Config) -> Storage:
+    """Return the folder of a search, within that of its cell: a model at a resolution."""
+    cell = Storage.at(config.output) / f"{config.model.name}_{config.res}"
+    return cell / _folder_name(config)
 
 
 def _folder_name(config: Config) -> str:

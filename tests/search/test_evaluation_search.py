@@ -11,23 +11,12 @@ from hypothesis import strategies as st
 from crdiff_core.ratios import BlockRatios
 from search.annealing import REFERENCE
 from search.batching import Batching
-from search.comparison import compare
 from search.ledger import Ledger
 from search.racing import Race
 from search.space import Candidate
 from tests.search.landscapes import PROMPTS, RECIPE, course, make_search, measure, reward_of, work
 
 BATCHES = {"search": 3, "rerank": 3, "validation": 4}
-
-
-def test_an_evaluation_is_the_mean_over_all_its_prompts(tmp_path):
-    search = make_search(tmp_path)
-    work(search)
-
-    for evaluation in search.evaluations:
-        expected = [reward_of(evaluation.ratios, prompt) for prompt in evaluation.prompts.prompts]
-        assert list(evaluation.rewards) == expected
-        assert evaluation.mean == pytest.approx(statistics.fmean(expected))
 
 
 def test_a_run_is_dense_then_search_then_rerank_then_validation(tmp_path):
@@ -191,14 +180,6 @@ def test_the_batch_size_changes_no_reward(tmp_path):
     assert courses[0] == courses[1] == courses[2]
 
 
-def test_a_transient_failure_that_stays_fails_the_evaluation(tmp_path):
-    search = make_search(tmp_path, max_failures=2)
-    outcome = failing(lambda ratios: ratios.down > 0.31, transient=True)
-    work(search, outcome=outcome)
-
-    assert any(evaluation.failure == "NaN pictures" for evaluation in search.evaluations)
-
-
 def test_a_dense_model_that_cannot_be_evaluated_ends_the_search(tmp_path):
     search = make_search(tmp_path)
     num_trials = work(search, outcome=failing(lambda ratios: ratios.is_dense))
@@ -323,25 +304,6 @@ def test_dense_rewards_do_not_depend_on_the_poa_weight():
 def test_prompt_sets_are_disjoint():
     texts = [prompt.text for prompts in PROMPTS.values() for prompt in prompts.prompts]
     assert len(set(texts)) == len(texts)
-
-
-@pytest.mark.parametrize(
-    ("shift", "verdict"),
-    [(0.5, "better"), (0.0, "no difference shown"), (-0.5, "worse")],
-)
-def test_the_verdict_follows_the_interval(shift, verdict):
-    dense = [0.1 * i for i in range(10)]
-    noise = [0.1, -0.1] * 5
-    comparison = compare([d + shift + n for d, n in zip(dense, noise, strict=True)], dense)
-
-    assert comparison.verdict == verdict
-    assert comparison.difference == pytest.approx(shift)
-    # t(0.975, 9) = 2.2622 times the standard error of ten alternating +-0.1.
-    assert comparison.high - comparison.low == pytest.approx(2 * 2.2622 * 0.1 / 3, rel=1e-3)
-
-
-def test_equal_rewards_show_no_difference():
-    assert compare([0.5, 0.7], [0.5, 0.7]).verdict == "no difference shown"
 
 
 # --- many workers --------------------------------------------------------------------------------

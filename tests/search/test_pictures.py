@@ -3,9 +3,6 @@
 import logging
 from dataclasses import replace
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from crdiff_core.prompts import Prompt
 from search.comparison import telling
 from search.pictures import Pictures
@@ -54,27 +51,6 @@ def test_a_place_that_cannot_be_written_ends_nothing(tmp_path, caplog):
         kept(tmp_path / "file").add("key", CATS, {0: b"first"})
 
     assert "pictures are not kept: " in caplog.text
-
-
-# --- which prompts are shown -----------------------------------------------------------------
-
-GAINS = st.lists(st.floats(-2, 2, allow_nan=False), max_size=30)
-
-
-@given(GAINS, st.integers(0, 40))
-def test_half_come_as_they_are_and_the_others_tell_most(gains, count):
-    found = telling(gains, count)
-    chosen = [*found.first, *found.gains, *found.losses]
-
-    assert len(chosen) == len(set(chosen)) <= count
-    assert found.first == list(range(min((count + 1) // 2, len(gains))))
-    assert all(gains[number] > 0 for number in found.gains)
-    assert all(gains[number] < 0 for number in found.losses)
-    others = [gain for number, gain in enumerate(gains) if number not in chosen]
-    if found.gains:
-        assert min(gains[number] for number in found.gains) >= max(others, default=-9)
-    if found.losses:
-        assert max(gains[number] for number in found.losses) <= min(others, default=9)
 
 
 # --- what a search draws for its report ------------------------------------------------------
@@ -135,15 +111,6 @@ def test_a_finished_search_has_drawn_what_its_report_compares_with(tmp_path):
         assert pictures.get(evaluation.key, prompts) == wanted
     done, total = search.progress
     assert done == total == 1 + 5 + 3 + 2 + 2
-
-
-def test_it_keeps_the_first_search_prompts_and_no_others(tmp_path):
-    search, _ = searched(tmp_path, num_shown=2)
-    found = kept(tmp_path / "pictures").get(search.winner.key, PROMPTS["search"].prompts)
-    reranked = kept(tmp_path / "pictures").get(search.winner.key, PROMPTS["rerank"].prompts)
-
-    assert [each is not None for each in found] == [True] * 4 + [False] * 3
-    assert not any(reranked)
 
 
 def test_run_again_it_draws_nothing_more(tmp_path):
@@ -211,18 +178,3 @@ def test_a_warm_start_takes_no_resized_picture_for_the_dense_model(tmp_path):
 
     assert NATIVE in {candidate.drawn_at for candidate in candidates}
     assert {candidate.drawn_at for candidate in second.warm_start} == {"requested"}
-
-
-def test_no_picture_stays_in_a_trials_result(tmp_path):
-    search = make_search(tmp_path / "ledger", steps=5, pictures=kept(tmp_path / "pictures"))
-    draw = drawing(search, [])
-    reported = []
-
-    def outcome(ratios, prompts):
-        reported.append(draw(ratios, prompts))
-        return reported[-1]
-
-    work(search, outcome=outcome)
-
-    assert [each["measured"].pictures for each in reported] == [{}] * len(reported)
-    assert any(kept(tmp_path / "pictures").get(search.winner.key, PROMPTS["search"].prompts))

@@ -40,8 +40,18 @@ def make_plan(folder, *overrides):
     return Plan.make(composed(f"output={folder}", *SIZES, *overrides))
 
 
-def searched(folder, *overrides, rewards=best_above, fails=lambda ratios: False, most=999):
-    """A plan whose search has gone on, for so many trials at most."""
+def searched(
+    folder,
+    *overrides,
+    rewards=best_above,
+    fails=lambda ratios: False,
+    fails_on=None,
+    most=999,
+):
+    """A plan whose search has gone on, for so many trials at most.
+
+    fails_on: the prompt set on which every pruned model fails.
+    """
     plan = make_plan(folder, *overrides)
     begin_folder(plan, "python -m search.run --the command")
     plan.search.ahead = 1
@@ -55,10 +65,10 @@ def searched(folder, *overrides, rewards=best_above, fails=lambda ratios: False,
         kept = {place: picture(scores[place]) for place in config["keep"]}
         seconds = {"prune": 0.5, "render": 1.0 * len(scores), "score": 0.25}
         measured = Measurement(scores, ratios.as_dict(), seconds, len(scores), 3.5, kept)
-        reported = {"failure": "black pictures & <b>no</b> light", "transient": False}
-        plan.search.on_trial_complete(
-            f"trial{count}", reported if fails(ratios) else {"measured": measured}
-        )
+        reported = {"measured": measured}
+        if fails(ratios) or (config["prompts"] == fails_on and not ratios.is_dense):
+            reported = {"failure": "black pictures & <b>no</b> light", "transient": False}
+        plan.search.on_trial_complete(f"trial{count}", reported)
     return plan
 
 
@@ -174,19 +184,6 @@ def test_wins_and_losses_are_counted(tmp_path):
     page = page_of(searched(tmp_path, "budget.steps=3", rewards=rewards))
 
     assert "Of 9 validation prompts CR-Diff won 4, lost 3 and was equal on 2." in text_of(page)
-    sorted_bars = charts_of(page)[0]["data"][0]["y"]
-    assert sorted_bars == sorted(sorted_bars) == [-0.25] * 3 + [0.0] * 2 + [0.5] * 4
-
-
-def test_history_shows_steps_best_so_far_and_dense(found):
-    plan, page = found
-    history = next(each for each in charts_of(page) if "step" in json.dumps(each["layout"]))
-    dense, steps, best = history["data"]
-    means = [step.evaluation.mean for step in plan.search.steps]
-
-    assert steps["y"] == pytest.approx(means)
-    assert best["y"] == pytest.approx([max(means[: n + 1]) for n in range(len(means))])
-    assert dense["y"] == [plan.search.of("dense").mean] * 2
 
 
 def test_the_ratio_that_matters_is_named(found):
@@ -228,8 +225,6 @@ def test_failures_are_shown_with_their_reasons(tmp_path):
 
     assert "black pictures & <b>no</b> light" in text_of(page)
     assert "<b>no</b>" not in page
-    names = [trace.get("name") for each in charts_of(page) for trace in each["data"]]
-    assert "failed" in names
 
 
 def test_a_failed_search_says_why(tmp_path):
