@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -1121,7 +1121,6 @@ def result_of(read: Callable[[Path], Any], path: Path, error: type[CRDiffError])
     return None
 
 
-@settings(max_examples=200)
 @example(json.dumps(REFERENCE).encode())
 @given(content=ANY_BYTES | (NEARLY_A_RATIOS_FILE | ANY_JSON).map(lambda v: json.dumps(v).encode()))
 def test_any_bytes_are_a_ratios_file_that_survives_writing_or_one_clear_line(scratch, content):
@@ -1149,7 +1148,6 @@ SOME_CSV = st.text(st.sampled_from('prompt,"a \r\n;\0é')).map(
 SOME_PARQUET = damaged(parquet(pa.array(["a cat", None, " a dog"])))
 
 
-@settings(max_examples=300)
 @given(
     ending=st.sampled_from(["txt", "csv", "parquet"]), content=ANY_BYTES | SOME_CSV | SOME_PARQUET
 )

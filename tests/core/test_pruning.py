@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -157,7 +157,6 @@ def test_the_papers_architectures_have_their_known_prunable_weights(config, mill
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data=st.data(), ratio=ratios)
-@settings(deadline=None, max_examples=60)
 def test_threshold_equals_kthvalue(dtype, data, ratio):
     weights = torch.tensor(data.draw(values(dtype, finite=False)), dtype=dtype)
     rank = int(ratio * len(weights))
@@ -187,7 +186,6 @@ def test_threshold_of_more_weights_than_one_histogram_slice():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data=st.data(), ratio=ratios, rows=st.integers(1, 9), columns=st.integers(1, 9))
-@settings(deadline=None, max_examples=40)
 def test_pruned_weights_equal_the_references(dtype, data, ratio, rows, columns):
     model = Blocks(dtype, rows, columns)
     pool = torch.tensor(data.draw(values(dtype, finite=True)), dtype=dtype)
@@ -204,7 +202,6 @@ def test_pruned_weights_equal_the_references(dtype, data, ratio, rows, columns):
 
 
 @given(group=st.sampled_from(GROUPS), ratio=ratios, scale=st.sampled_from([1e-3, 1.0, 4.0]))
-@settings(deadline=None, max_examples=40)
 def test_sparsity_is_what_was_asked_and_exceeds_it_only_by_ties(group, ratio, scale):
     model = Blocks()
     for layer in target_layers(model, group):
@@ -268,7 +265,6 @@ def test_a_ratio_that_prunes_no_whole_weight_restores_the_dense_weights():
 
 
 @given(first=ratios, second=ratios)
-@settings(deadline=None, max_examples=30)
 def test_pruning_twice_equals_pruning_once(first, second):
     twice, once = PrunedReplica(Blocks()), PrunedReplica(Blocks())
     twice.set_ratios(BlockRatios(first, first, first))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from search.annealing import REFERENCE, Annealing, Chain, draws, space_filling
@@ -226,7 +226,6 @@ NUM_OUTCOMES = 43
 rewards = st.lists(st.none() | st.floats(-3, 3), min_size=NUM_OUTCOMES, max_size=NUM_OUTCOMES)
 
 
-@settings(max_examples=150, deadline=None)
 @given(chains, rewards)
 def test_proposals_stay_in_bounds_and_the_best_is_never_lost(chain, outcomes):
     state, seen = chain.start(), []
@@ -241,7 +240,6 @@ def test_proposals_stay_in_bounds_and_the_best_is_never_lost(chain, outcomes):
         assert state.temperature > 0
 
 
-@settings(max_examples=50, deadline=None)
 @given(chains, rewards)
 def test_equal_outcomes_give_equal_walks(chain, outcomes):
     again = Chain(chain.annealing, chain._seed)
@@ -259,7 +257,6 @@ def test_equal_outcomes_give_equal_walks(chain, outcomes):
 # --- what the defaults have over the reference -------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
 @given(chain=chains, outcomes=rewards, decisions=st.lists(st.booleans(), min_size=9, max_size=9))
 def test_what_a_supposed_state_proposes_is_what_the_real_one_will(chain, outcomes, decisions):
     """Whatever the rewards are, as long as the same proposals are accepted."""
@@ -287,7 +284,6 @@ def test_what_a_supposed_state_proposes_is_what_the_real_one_will(chain, outcome
         real = chain.advance(real, Observation(point, reward))
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     chain=chains,
     outcomes=st.lists(

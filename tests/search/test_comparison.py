@@ -29,7 +29,6 @@ def students(differences):
     return stats.t.interval(0.95, len(differences) - 1, mean, error)
 
 
-@settings(max_examples=40)
 @given(MAGNITUDES, st.floats(-1, 1))
 def test_the_interval_of_symmetric_differences_is_students(magnitudes, shift):
     differences = [shift + sign * each for each in magnitudes for sign in (1, -1)]
@@ -40,7 +39,6 @@ def test_the_interval_of_symmetric_differences_is_students(magnitudes, shift):
     assert (comparison.low, comparison.high) == pytest.approx(students(differences), abs=1e-9)
 
 
-@settings(max_examples=40)
 @given(DIFFERENCES)
 def test_no_interval_is_narrower_than_students(differences):
     assume(statistics.stdev(differences) > 1e-6)
@@ -52,7 +50,6 @@ def test_no_interval_is_narrower_than_students(differences):
     assert comparison.high >= high - 1e-9
 
 
-@settings(max_examples=40)
 @given(DIFFERENCES)
 def test_comparing_the_other_way_round_mirrors_the_interval(differences):
     assume(statistics.stdev(differences) > 1e-6)

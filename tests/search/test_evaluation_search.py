@@ -50,7 +50,7 @@ def test_running_again_draws_nothing_and_gives_the_same(tmp_path):
     assert sum(evaluation.num_rendered for evaluation in again.evaluations) == 0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10)
 @given(stops=st.lists(st.integers(1, 40), max_size=3))
 def test_a_search_cut_off_anywhere_goes_on_to_the_same_end(tmp_path_factory, stops):
     whole = make_search(tmp_path_factory.mktemp("whole"))
@@ -309,7 +309,7 @@ def test_prompt_sets_are_disjoint():
 # --- many workers --------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10)
 @given(
     num_workers=st.integers(2, 12),
     seed=st.integers(0, 1000),

@@ -5,7 +5,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ray.tune.search import Searcher
 
@@ -68,7 +68,6 @@ def steps(search):
     return [(commit.chain, commit.seen, commit.state) for commit in taken]
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     surface=st.integers(0, 1000),
     order=st.integers(0, 1000),
@@ -93,7 +92,6 @@ def test_any_number_of_workers_takes_the_same_steps(
     assert many.best == one.best
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     surface=st.integers(0, 1000),
     num_workers=st.integers(1, 20),
