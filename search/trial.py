@@ -36,7 +36,7 @@ class TrialSetup:
     size_conditioning: Resolution | None
     compile: str
     reward: str
-    reward_options: Mapping[str, str]
+    reward_options: Mapping[str, Any]
     reward_version: str
     prompt_sets: Mapping[str, PromptSet]
     device: str
