@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from crdiff_core.errors import ModelError, RenderError
+from crdiff_core.errors import ModelError, RenderError, TooLittleMemoryError
 from crdiff_core.models import check_divisible
 from crdiff_core.poa import POADenoiser, apply
 from crdiff_core.prompts import Prompt
@@ -208,7 +208,8 @@ class Replica:
         """Do work on `at_once` pictures at a time, and on half as many when they do not fit.
 
         work: takes the places of the pictures.
-        Returns what each portion gave, in order. Raises RenderError if not even one picture fits.
+        Returns what each portion gave, in order. Raises TooLittleMemoryError if not even one
+        picture fits.
         """
         results: list[_T] = []
         done = 0
@@ -246,8 +247,8 @@ class Replica:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _too_large(self) -> RenderError:
-        return RenderError(
+    def _too_large(self) -> TooLittleMemoryError:
+        return TooLittleMemoryError(
             f"one {self.resolution} picture does not fit into the memory of {self.device}: use a "
             "larger GPU, a half-precision model.dtype or a smaller res"
         )
