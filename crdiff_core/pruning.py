@@ -286,7 +286,7 @@ def _difference(dense: nn.Module, pruned: nn.Module, own: set[int], name: str = 
                 return f"{prefix}{member}"
         elif key in _HOOKS:
             # One on a whole UNet can only have been meant for that.
-            if name and not _is_alike(list(value.values()), list(other.values())):
+            if name and (value or other) and not _is_alike([*value.values()], [*other.values()]):
                 return f"{prefix}{key}"
         elif not _is_alike(value, other):
             return f"{prefix}{key}"
