@@ -364,12 +364,6 @@ def test_a_batch_that_did_not_fit_is_not_tried_again(sd_replica):
     assert max(tried) <= 2
 
 
-def test_a_picture_that_does_not_fit_alone_is_refused_in_one_line(sd_replica):
-    short_of_memory(sd_replica, at_most=0)
-    with pytest.raises(RenderError, match=r"^one 16x24 picture does not fit into the memory of"):
-        sd_replica.render([CAT, DOG])
-
-
 class Decoder:
     """Lets the VAE's decoder run out of memory for more pictures; notes the sizes tried."""
 
@@ -461,6 +455,12 @@ def test_any_way_to_be_out_of_memory_is_recognised(work):
 )
 def test_another_error_is_not_taken_for_it(work):
     assert not is_out_of_memory(raised(work))
+
+
+def test_a_picture_that_does_not_fit_alone_is_refused_in_one_line(sd_replica):
+    short_of_memory(sd_replica, at_most=0)
+    with pytest.raises(RenderError, match=r"^one 16x24 picture does not fit into the memory of"):
+        sd_replica.render([CAT, DOG])
 
 
 # SDXL's size conditioning
