@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from PIL import Image
@@ -59,7 +60,8 @@ def evaluate(
               so. None: they are drawn at its own.
     keep:     places in the batch whose pictures are wanted.
 
-    Where that ends in broken pictures or scores, or for want of memory, it is tried once more with
+    Where the memory does not suffice for the reward, fewer pictures are scored at once. Where
+    pictures or scores are broken, or not even one picture fits, all is tried once more with
     `Replica.carefully`, at the cost of its speed.
     Raises RenderError for broken pictures, RewardError for a score that is not finite.
     Source: CR-Diff (arXiv:2604.05524), section 3.3: the objective of the search.
@@ -100,7 +102,11 @@ def _measure(work: _Work, began: float, wasted_s: float = 0.0) -> Measurement:
         with replica.at(work.drawn_at):
             images = resized(replica.render(prompts), replica.own_resolution)
     marks.append(_now(replica.device))
-    rewards = tuple(reward(images, [prompt.text for prompt in prompts]))
+    texts = [prompt.text for prompt in prompts]
+    portions = replica.in_portions(
+        lambda places: reward(images[places], texts[places]), len(images), at_once=len(images)
+    )
+    rewards = tuple(chain.from_iterable(portions))
     marks.append(_now(replica.device))
     for prompt, value in zip(prompts, rewards, strict=True):
         if not math.isfinite(value):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from reprlib import repr as shown
@@ -23,6 +24,9 @@ from crdiff_core.ratios import (
     RatiosFile,
     check_poa_weight,
 )
+
+# Of a UNet, by diffusers' pipelines, at each step.
+_READ_WHILE_DRAWING = {"config", "dtype", "device"}
 
 
 class POADenoiser(nn.Module):
@@ -51,6 +55,9 @@ class POADenoiser(nn.Module):
         self.replica = replica
         self.expected_latents: tuple[int, int] | None = None
         self._cuda_graphs = False
+        self.__module__ = type(unet).__module__
+        # The text that is being drawn for, since the UNets were last compared.
+        self._text: weakref.ref[Tensor] | None = None
         self.configure(ratios, poa_weight)
 
     def configure(self, ratios: BlockRatios, poa_weight: float) -> None:
@@ -79,11 +86,17 @@ class POADenoiser(nn.Module):
     def forward(
         self, sample: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """Denoise as UNet2DConditionModel.forward does. sample: (N, C, h, w)."""
+        """Denoise as UNet2DConditionModel.forward does. sample: (N, C, h, w).
+
+        Raises PruningError if something was done to the UNet that the pruned one did not see.
+        """
         self._check_latents(sample)
+        self._check_unchanged(kwargs.get("encoder_hidden_states", args[1] if args[1:] else None))
 
         def denoise(unet: nn.Module) -> Tensor:
-            output: Tensor = unet(sample, *args, return_dict=False, **kwargs)[0]
+            # A UNet empties the list of a T2I adapter's residuals.
+            own = {k: list(v) if isinstance(v, list) else v for k, v in kwargs.items()}
+            output: Tensor = unet(sample, *args, return_dict=False, **own)[0]
             # A graph's next run would write over it.
             return output.clone() if self._cuda_graphs else output
 
@@ -96,6 +109,18 @@ class POADenoiser(nn.Module):
         else:
             combined = torch.lerp(denoise(self.dense), denoise(self.pruned), self.poa_weight)
         return UNet2DConditionOutput(sample=combined) if return_dict else (combined,)
+
+    def _check_unchanged(self, text: Tensor | None) -> None:
+        """Compare the UNets at the first step of a drawing, which has a text of its own."""
+        if text is not None and self._text is not None and self._text() is text:
+            return
+        if changed := self.replica.change():
+            raise PruningError(
+                f"the UNet's {changed} was changed after CR-Diff was applied, and its pruned copy "
+                "knows nothing of that: call crdiff_core.remove(pipe), make the change, and apply "
+                "CR-Diff again"
+            )
+        self._text = None if text is None else weakref.ref(text)
 
     def _check_latents(self, sample: Tensor) -> None:
         found = (sample.shape[-2], sample.shape[-1])
@@ -114,7 +139,15 @@ class POADenoiser(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("dense"), name)
+            dense = super().__getattr__("dense")
+        if name not in _READ_WHILE_DRAWING:
+            self._text = None  # Whoever asks for anything else may change it.
+        return getattr(dense, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        """The dense UNet's: by it, pipelines know what they may hand a LoRA to, and save."""
+        return type(self.__dict__.get("_modules", {}).get("dense", self))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> POADenoiser:
         """Move the dense UNet, then rebuild the replica's buffers from it: .to(), .half()."""
@@ -143,6 +176,9 @@ def apply(
     pipe:       any diffusers pipeline with a UNet2DConditionModel (StableDiffusion, SDXL, ...).
     ratios:     BlockRatios, or the path of an exported best_ratios.json.
     poa_weight: k of equation 2, in [0, 10]; by default the file's, else 1.5.
+    What the pipeline was given before (LoRA, IP-Adapter, FreeU, attention processors) is in both
+    passes, and a LoRA is not pruned. What is done to its UNet afterwards is a PruningError when it
+    next draws, until CR-Diff is removed and applied again.
     Returns the pipeline. Raises ModelError if it has no such UNet, RatiosError if the file is
     broken or was made for another model, PruningError if the UNet cannot be pruned. Drawing at
     another resolution than the file's gives one UserWarning.
@@ -177,8 +213,7 @@ def remove(pipe: Any) -> Any:
     """Undo `apply`, in place and bit for bit; a pipeline without CR-Diff stays as it is."""
     if isinstance(pipe.unet, POADenoiser):
         denoiser = pipe.unet
-        # Registered anew, because saving a pipeline while CR-Diff is applied forgets its UNet.
-        pipe.register_modules(unet=denoiser.dense)
+        pipe.unet = denoiser.dense
         denoiser.replica.release()
     return pipe
 

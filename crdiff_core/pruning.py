@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +23,25 @@ _MAGNITUDE_BITS: dict[torch.dtype, tuple[torch.dtype, int]] = {
     torch.bfloat16: (torch.int16, 0x7FFF),
     torch.float32: (torch.int32, 0x7FFF_FFFF),
 }
+
+
+# Weights of a group that are looked at for changes: of the paper's models, dozens of each layer.
+_NUM_SAMPLED = 1 << 16
+# Of a module's attributes: those by name, those that are hooks, and one that changes no picture.
+_MEMBERS = {"_parameters", "_buffers", "_modules"}
+_HOOKS = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)} - _MEMBERS
+_COMPILED = "_compiled_call_impl"
+_ABSENT = object()
+# Of a class that does not say when two are equal.
+_IDENTITY: Any = object.__eq__
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Make tensors that may be rewritten later, although the caller is in inference mode."""
+    # Leaving inference mode would turn gradients on.
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def target_layers(unet: nn.Module, group: Group) -> list[nn.Linear | nn.Conv2d]:
@@ -103,6 +128,7 @@ class PrunedGroup:
         self.ratio = 0.0
         self.pack()
 
+    @_ordinary_tensors()
     def pack(self) -> None:
         """Gather the dense layers' weights into the buffers and prune again at the same ratio."""
         weights = [layer.weight for layer in self._dense_layers]
@@ -119,11 +145,16 @@ class PrunedGroup:
         for dense, pruned in zip(self._dense_layers, self._pruned_layers, strict=True):
             shape, size = dense.weight.shape, dense.weight.numel()
             part = slice(offset, offset + size)
-            dense.weight.data = self.dense[part].view(shape)
+            own = self.dense[part].view(shape)
+            if dense.weight.is_inference():  # Made in inference mode: its data cannot be replaced.
+                dense.weight = nn.Parameter(own, dense.weight.requires_grad)
+            else:
+                dense.weight.data = own
             # A parameter of its own: the replica was made sharing every parameter.
             pruned.weight = nn.Parameter(self.pruned[part].view(shape), requires_grad=False)
             offset += size
         self._histogram = _MagnitudeHistogram(self.dense)
+        self._sample = self._sampled().clone()
         ratio, self.ratio = self.ratio, 0.0
         self.prune(ratio)
 
@@ -146,6 +177,25 @@ class PrunedGroup:
         """Return the measured fraction of zeros among the replica's weights of this group."""
         return 1 - int(torch.count_nonzero(self.pruned)) / self.pruned.numel()
 
+    def is_intact(self) -> bool:
+        """Whether the dense layers' weights are where, and as far as sampled what, pack left."""
+        address = self.dense.data_ptr()
+        for layer in self._dense_layers:
+            if layer.weight.data_ptr() != address:
+                return False
+            address += layer.weight.nbytes
+        return torch.equal(self._sampled(), self._sample)
+
+    def _sampled(self) -> Tensor:
+        # As integers: NaN is not equal to itself.
+        weights = self.dense.view(_MAGNITUDE_BITS[self.dense.dtype][0])
+        return weights[:: math.ceil(len(weights) / _NUM_SAMPLED)]
+
+    def owns(self) -> set[int]:
+        """Return the ids of the pruned weights."""
+        return {id(layer.weight) for layer in self._pruned_layers}
+
+    @_ordinary_tensors()
     def release(self) -> None:
         """Give each dense layer a weight of its own again, with the same bits."""
         for layer in self._dense_layers:
@@ -157,11 +207,17 @@ class PrunedReplica:
 
     def __init__(self, dense: nn.Module) -> None:
         self.dense = dense
+        for name, module in dense.named_modules():
+            if isinstance(vars(module).get("forward"), FunctionType):
+                raise PruningError(
+                    f"the forward of the UNet's {name or 'own'} was replaced by a function, which "
+                    "knows no pruned copy: assign types.MethodType(function, module)"
+                )
         # Deep-copies the module tree but no tensor: those count as copied already.
         self.pruned = copy.deepcopy(dense, {id(tensor): tensor for tensor in _tensors(dense)})
         self.groups = {group: PrunedGroup(dense, self.pruned, group) for group in GROUPS}
 
-    @torch.no_grad()
+    @_ordinary_tensors()
     def set_ratios(self, ratios: BlockRatios) -> None:
         """Prune each group whose ratio changed, from the dense weights.
 
@@ -170,11 +226,24 @@ class PrunedReplica:
         for name, group in self.groups.items():
             group.prune(ratios[name])
 
+    @torch.no_grad()
+    def change(self) -> str | None:
+        """Name what differs between the UNets beside the pruned weights; None: nothing does.
+
+        Modules, settings, hooks and tensors are compared one by one, and a sample of the dense
+        weights with what they were when they were packed.
+        """
+        own = {key for group in self.groups.values() for key in group.owns()}
+        changed = _difference(self.dense, self.pruned, own)
+        for name, group in self.groups.items():
+            if changed is None and not group.is_intact():
+                changed = f"the weights of its {name} blocks"
+        return changed
+
     def sparsity(self) -> dict[Group, float]:
         """Return the measured sparsity of each group."""
         return {name: group.sparsity() for name, group in self.groups.items()}
 
-    @torch.no_grad()
     def pack(self) -> None:
         """Rebuild the buffers after the dense weights moved to another device or dtype."""
         for group in self.groups.values():
@@ -195,3 +264,78 @@ class PrunedReplica:
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
+
+
+def _difference(dense: nn.Module, pruned: nn.Module, own: set[int], name: str = "") -> str | None:
+    """Name the first setting, tensor or module in which two trees differ.
+
+    own: ids of the tensors that the pruned tree has to itself.
+    """
+    if type(dense) is not type(pruned):
+        return f"{name} ({type(dense).__name__})"
+    prefix = f"{name}." if name else ""
+    ours, theirs = vars(dense), vars(pruned)
+    for key in theirs.keys() - ours.keys() - {_COMPILED}:
+        return f"{prefix}{key}"
+    for key, value in ours.items():
+        other = theirs.get(key, _ABSENT)
+        if value is other or key == _COMPILED:
+            continue
+        if key in _MEMBERS:
+            for member in value.keys() ^ other.keys():
+                return f"{prefix}{member}"
+        elif key in _HOOKS:
+            # One on a whole UNet can only have been meant for that.
+            if name and (value or other) and not _is_alike([*value.values()], [*other.values()]):
+                return f"{prefix}{key}"
+        elif not _is_alike(value, other):
+            return f"{prefix}{key}"
+    for kind in ("_parameters", "_buffers"):
+        for key, tensor in ours[kind].items():
+            if theirs[kind][key] is not tensor and id(theirs[kind][key]) not in own:
+                return f"{prefix}{key}"
+    copies = theirs["_modules"]
+    for key, child in ours["_modules"].items():
+        if child is None or copies[key] is None:
+            if child is not copies[key]:
+                return f"{prefix}{key}"
+        elif found := _difference(child, copies[key], own, f"{prefix}{key}"):
+            return found
+    return None
+
+
+def _is_alike(ours: Any, theirs: Any, within: frozenset[int] = frozenset()) -> bool:
+    """Whether a value is what a deep copy of the other would be.
+
+    within: ids of the objects that hold the value, which may hold one another.
+    """
+    if ours is theirs:
+        return True
+    if type(ours) is not type(theirs):
+        return False
+    if isinstance(ours, nn.Module) or id(ours) in within:
+        return True  # Compared by whoever came here.
+    within |= {id(ours)}
+    if isinstance(ours, float):
+        return math.isclose(ours, theirs)  # A LoRA's scale is multiplied and divided again.
+    if isinstance(ours, Tensor):
+        return torch.equal(ours, theirs)
+    if isinstance(ours, np.ndarray):
+        return np.array_equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(
+            _is_alike(value, theirs[key], within) for key, value in ours.items()
+        )
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(
+            _is_alike(*pair, within) for pair in zip(ours, theirs, strict=True)
+        )
+    if isinstance(ours, MethodType):
+        return ours.__func__ is theirs.__func__
+    if isinstance(ours, partial):
+        return _is_alike((ours.func, ours.args), (theirs.func, theirs.args), within)
+    if isinstance(ours, FunctionType | type):
+        return False  # No copy is ever made of them.
+    if type(ours).__eq__ is not _IDENTITY:
+        return bool(ours == theirs)
+    return _is_alike(getattr(ours, "__dict__", None), getattr(theirs, "__dict__", None), within)

@@ -24,9 +24,10 @@ def group_of(name: str) -> Group | None:
     """Return the block group that a layer of this qualified name is pruned with; None: never.
 
     Self-attention and feed-forward layers are: the name contains `attn` or `ff`, not `attn2`.
+    A LoRA's layers, `lora_A`, `lora_B` and the like, are not: both passes need them whole.
     Source: CR-Diff (arXiv:2604.05524), section 3.3, and its reference implementation.
     """
-    if "attn2" in name or not ("attn" in name or "ff" in name):
+    if "attn2" in name or ".lora_" in name or not ("attn" in name or "ff" in name):
         return None
     return _PREFIXES.get(name.partition(".")[0])
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from crdiff_core.errors import ModelError, RenderError
+from crdiff_core.errors import ModelError, RenderError, TooLittleMemoryError
 from crdiff_core.models import check_divisible
 from crdiff_core.poa import POADenoiser, apply
 from crdiff_core.prompts import Prompt
@@ -27,6 +28,14 @@ _EMBEDDINGS = (
 COMPILE_MODES = ("none", "blocks", "graphs")
 _NO_LIMIT = 1 << 30
 _PIXELS_DECODED_AT_ONCE = 1 << 20
+# Prompts whose embeddings and noise stay on the device: those of a search's three sets. For SDXL
+# in half precision they are .3 GiB.
+_NUM_CACHED = 512
+# What CUDA, cuBLAS, cuDNN and the CPU's allocator say. A compiler wraps their errors and quotes
+# them.
+_OUT_OF_MEMORY = ("out of memory", "_STATUS_ALLOC_FAILED", "can't allocate memory")
+
+_T = TypeVar("_T")
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -42,9 +51,25 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # cuBLAS and cuDNN say it in their own words.
-    return isinstance(error, torch.OutOfMemoryError) or "_STATUS_ALLOC_FAILED" in str(error)
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that the memory did not suffice."""
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(said in str(error) for said in _OUT_OF_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
+
+def if_it_fits(work: Callable[[], _T]) -> _T | None:
+    """Return what the work gives; None if the memory did not suffice for it."""
+    try:
+        return work()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    return None  # Only here has the exception let go of the tensors in its frames.
 
 
 class Replica:
@@ -100,8 +125,8 @@ class Replica:
                 )
             size = (size_conditioning.height, size_conditioning.width)
             self._sizes = {"original_size": size, "target_size": size}
-        self._embeddings: dict[str, dict[str, Tensor]] = {}
-        self._noise: dict[tuple[Resolution, int], Tensor] = {}
+        self._embedding = lru_cache(_NUM_CACHED)(self._embed)
+        self._noise = lru_cache(_NUM_CACHED)(self._draw_noise)
         if compile != "none":
             self.denoiser.compile_unets(cuda_graphs=compile == "graphs")
 
@@ -161,16 +186,13 @@ class Replica:
         done = 0
         while done < len(prompts):
             part = prompts[done : done + self.batch_limit]
-            drawn = self._draw_if_it_fits(part)
-            if drawn is not None:
-                pictures.append(drawn)
+            latents = if_it_fits(partial(self._denoise, part))
+            if latents is not None:
+                pictures.append(self._decode(latents))
                 done += len(part)
                 continue
             if len(part) == 1:
-                raise RenderError(
-                    f"one {self.resolution} picture does not fit into the memory of {self.device}:"
-                    " use a larger GPU, a half-precision model.dtype or a smaller res"
-                )
+                raise self._too_large()
             self.batch_limit = len(part) // 2
             self._free_memory()
         images = torch.cat(pictures)
@@ -185,18 +207,43 @@ class Replica:
             )
         return images
 
+    def in_portions(
+        self, work: Callable[[slice], _T], num_pictures: int, at_once: int
+    ) -> list[_T]:
+        """Do work on `at_once` pictures at a time, and on half as many when they do not fit.
+
+        work: takes the places of the pictures.
+        Returns what each portion gave, in order. Raises TooLittleMemoryError if not even one
+        picture fits.
+        """
+        results: list[_T] = []
+        done = 0
+        while done < num_pictures:
+            places = slice(done, min(done + at_once, num_pictures))
+            result = if_it_fits(partial(work, places))
+            if result is not None:
+                results.append(result)
+                done = places.stop
+                continue
+            num_tried = places.stop - done
+            if num_tried == 1:
+                raise self._too_large()
+            at_once = num_tried // 2
+            self._free_memory()
+        return results
+
     def is_usable(self) -> bool:
         """Whether the device still answers: an illegal access ends a process's use of its GPU."""
         try:
             torch.ones(1, device=self.device).item()
         except RuntimeError as error:
-            return _is_out_of_memory(error)
+            return is_out_of_memory(error)
         return True
 
     def close(self) -> None:
         """Free the model and everything cached."""
-        self._embeddings.clear()
-        self._noise.clear()
+        self._embedding.cache_clear()
+        self._noise.cache_clear()
         del self.pipe
         self._free_memory()
 
@@ -205,19 +252,18 @@ class Replica:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _draw_if_it_fits(self, prompts: Sequence[Prompt]) -> Tensor | None:
-        try:
-            return self._draw(prompts)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-        return None  # Only now does the exception let go of the tensors in its frames.
+    def _too_large(self) -> TooLittleMemoryError:
+        return TooLittleMemoryError(
+            f"one {self.resolution} picture does not fit into the memory of {self.device}: use a "
+            "larger GPU, a half-precision model.dtype or a smaller res"
+        )
 
-    def _draw(self, prompts: Sequence[Prompt]) -> Tensor:
-        embeddings = [self._embed(prompt.text) for prompt in prompts]
+    def _denoise(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Return the prompts' latents, (N, C, h, w)."""
+        embeddings = [self._embedding(prompt.text) for prompt in prompts]
         latents: Tensor = self.pipe(
             **{name: torch.cat([each[name] for each in embeddings]) for name in embeddings[0]},
-            latents=torch.stack([self._initial_noise(prompt.seed) for prompt in prompts]),
+            latents=torch.stack([self._noise(self.resolution, each.seed) for each in prompts]),
             height=self.resolution.height,
             width=self.resolution.width,
             num_inference_steps=self.num_steps,
@@ -225,12 +271,21 @@ class Replica:
             output_type="latent",
             **self._sizes,
         ).images
-        # A decoder needs far more memory for a picture than a UNet does: a megapixel at a time.
-        pixels = self.resolution.height * self.resolution.width
-        at_once = max(1, _PIXELS_DECODED_AT_ONCE // pixels)
-        return torch.cat([self._decode(part) for part in torch.split(latents, at_once)])
+        return latents
 
     def _decode(self, latents: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, 3, H, W) in [0, 1], a megapixel at a time, or less if need be."""
+        # A decoder needs far more memory for a picture than a UNet does. Tiles would need less,
+        # and change the picture.
+        pixels = self.resolution.height * self.resolution.width
+        at_once = max(1, _PIXELS_DECODED_AT_ONCE // pixels)
+        return torch.cat(
+            self.in_portions(
+                lambda places: self._decode_at_once(latents[places]), len(latents), at_once
+            )
+        )
+
+    def _decode_at_once(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, 3, H, W) in [0, 1], in the precision of the VAE's own."""
         vae = self.pipe.vae
         latents = latents.to(vae.dtype)
@@ -245,28 +300,23 @@ class Replica:
 
     def _embed(self, text: str) -> dict[str, Tensor]:
         # One text at a time, so that an embedding does not depend on its neighbours.
-        if text not in self._embeddings:
-            encoded = self.pipe.encode_prompt(
-                prompt=text,
-                device=self.device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=self.guidance_scale > 1,
-                negative_prompt=self.negative_prompt,
-            )
-            named = zip(_EMBEDDINGS, encoded, strict=False)
-            self._embeddings[text] = {name: part for name, part in named if part is not None}
-        return self._embeddings[text]
+        encoded = self.pipe.encode_prompt(
+            prompt=text,
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=self.guidance_scale > 1,
+            negative_prompt=self.negative_prompt,
+        )
+        named = zip(_EMBEDDINGS, encoded, strict=False)
+        return {name: part for name, part in named if part is not None}
 
-    def _initial_noise(self, seed: int) -> Tensor:
+    def _draw_noise(self, resolution: Resolution, seed: int) -> Tensor:
         # Drawn on the CPU in float32: the same noise on every device and in every dtype.
-        key = (self.resolution, seed)
-        if key not in self._noise:
-            factor = self.pipe.vae_scale_factor
-            shape = (
-                self.denoiser.config.in_channels,
-                self.resolution.height // factor,
-                self.resolution.width // factor,
-            )
-            noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-            self._noise[key] = noise.to(self.device, self.denoiser.dtype)
-        return self._noise[key]
+        factor = self.pipe.vae_scale_factor
+        shape = (
+            self.denoiser.config.in_channels,
+            resolution.height // factor,
+            resolution.width // factor,
+        )
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return noise.to(self.device, self.denoiser.dtype)

@@ -22,6 +22,7 @@ from pydantic import model_validator as check
 from crdiff_core.errors import CRDiffError
 from crdiff_core.models import Model
 from crdiff_core.ratios import HIGHEST_POA_WEIGHT, Resolution
+from crdiff_core.rewards import Resize
 
 NO_SUCH_SETTING = (
     "there is no such setting (python -m search.run --help lists them; each searcher, model and "
@@ -208,10 +209,17 @@ class BudgetSettings(Settings):
     wall_hours: Annotated[float, Field(gt=0)] | None
 
 
-class RewardSettings(Settings):
-    """conf/reward: what a picture is worth."""
+class ShapesSettings(Settings):
+    """conf/reward/shapes.yaml."""
 
-    name: Literal["shapes", "image_reward_package"]
+    name: Literal["shapes"]
+
+
+class ImageRewardPackageSettings(Settings):
+    """conf/reward/image_reward_package.yaml; earlier versions squashed no picture."""
+
+    name: Literal["image_reward_package"]
+    resize: Resize = "none"
 
 
 class ImageRewardSettings(Settings):
@@ -223,6 +231,8 @@ class ImageRewardSettings(Settings):
     hub_revision: str
     tokenizer: str
     tokenizer_revision: str
+    # Earlier versions squashed no picture.
+    resize: Resize = "none"
 
 
 class PromptSettings(Settings):
@@ -338,7 +348,10 @@ class Config(Settings):
     space: Annotated[BlocksSettings | UniformSettings, Field(discriminator="name")]
     racing: RacingSettings
     budget: BudgetSettings
-    reward: Annotated[RewardSettings | ImageRewardSettings, Field(discriminator="name")]
+    reward: Annotated[
+        ShapesSettings | ImageRewardSettings | ImageRewardPackageSettings,
+        Field(discriminator="name"),
+    ]
     prompts: PromptSettings
     cluster: ClusterSettings
     tracking: TrackingSettings

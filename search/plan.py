@@ -163,7 +163,7 @@ def _warm_start(config: Config, ledger: Ledger, record: dict[str, Any]) -> tuple
     return tuple(Candidate(BlockRatios(*ratios), weight) for *ratios, weight in known)
 
 
-def reward_options(config: Config) -> dict[str, str]:
+def reward_options(config: Config) -> dict[str, Any]:
     """Return the options of the reward's own."""
     return config.reward.model_dump(exclude={"name"})
 

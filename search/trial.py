@@ -40,7 +40,7 @@ class TrialSetup:
     negative_prompt: str | None
     compile: str
     reward: str
-    reward_options: Mapping[str, str]
+    reward_options: Mapping[str, Any]
     reward_version: str
     prompt_sets: Mapping[str, PromptSet]
     device: str

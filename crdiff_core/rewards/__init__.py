@@ -5,12 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, cast
+from reprlib import repr as shown
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 from crdiff_core.errors import RewardError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Resize = Literal[256, "none"]
+"""What ImageReward sees: the whole picture squashed to 256x256 pixels, or its middle."""
 
 
 class Reward(Protocol):
@@ -51,7 +56,7 @@ _REWARDS = {
 }
 
 
-def load_reward(name: str, **options: str) -> Reward:
+def load_reward(name: str, **options: Any) -> Reward:
     """Build the reward of that name; it loads no weights before it scores.
 
     options: of the reward's class, as its docstring says.
@@ -68,3 +73,18 @@ def load_reward(name: str, **options: str) -> Reward:
             f"{'choose among ' + ', '.join(known) if known else 'it has no options'}"
         )
     return build(**options)
+
+
+def checked_resize(value: Any) -> Resize:
+    """Return the value. Raises RewardError unless it is one of Resize's."""
+    if value not in get_args(Resize):
+        raise RewardError(
+            f"resize {shown(value)} is unknown: give 256, which squashes the picture as the "
+            "reference does, or none, which crops it as the package does"
+        )
+    return cast(Resize, value)
+
+
+def resize_suffix(resize: Resize) -> str:
+    """Return what a reward's version says of it: nothing for none, as before it was a setting."""
+    return "" if resize == "none" else f"-resize{resize}"

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crdiff_core.errors import RewardError
+from crdiff_core.rewards import Resize, checked_resize, resize_suffix
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer
@@ -120,20 +121,20 @@ class Network(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
-    def preprocess(self, images: Tensor) -> Tensor:
-        """Scale the shorter side to the network's image size, crop the middle and normalise.
+    def preprocess(self, images: Tensor, resize: Resize) -> Tensor:
+        """Squash the pictures if asked to, then do as the image-reward package does.
 
         images: (N, 3, H, W), float32 in [0, 1].
-        Returns (N, 3, S, S).
-        Source: the transforms of the image-reward package. They resize 8-bit pictures with PIL,
-        along the width and then along the height, with 8 bits between: so does this.
+        resize: 256 squashes the whole picture to 256x256 first; none does not.
+        Returns (N, 3, S, S), normalised: the shorter side is scaled to S, the longer cropped.
+        Source: CR-Diff's reference implementation, then the transforms of the package.
         """
+        images = (images * 255).round().clamp(0, 255)
+        if resize != "none":
+            images = resized_as_pil(images, resize, resize)
         sides = images.shape[2:]
         height, width = (int(self.image_size * side / min(sides)) for side in sides)
-        images = (images * 255).round().clamp(0, 255)
-        for size in ((sides[0], width), (height, width)):
-            images = F.interpolate(images, size, mode="bicubic", antialias=True)
-            images = images.round().clamp(0, 255)  # Bicubic overshoots at edges.
+        images = resized_as_pil(images, height, width)
         top, left = (round((side - self.image_size) / 2) for side in (height, width))
         images = images[..., top : top + self.image_size, left : left + self.image_size]
         return (images / 255 - self.pixel_mean) / self.pixel_std
@@ -159,20 +160,36 @@ class Network(nn.Module):
         return (raw[:, 0] - _MEAN) / _STD
 
 
+def resized_as_pil(images: Tensor, height: int, width: int) -> Tensor:
+    """Resize 8-bit pictures as PIL's bicubic filter does, without aliases.
+
+    images: (N, 3, h, w), float32, whole numbers in [0, 255]. Returns (N, 3, height, width), alike.
+    PIL resizes along the width and then along the height, with 8 bits between: so does this.
+    Since 13, Pillow begins with the height where that shrinks most.
+    """
+    for size in ((images.shape[2], width), (height, width)):
+        images = F.interpolate(images, size, mode="bicubic", antialias=True)
+        images = images.round().clamp(0, 255)  # Bicubic overshoots at edges.
+    return images
+
+
 class ImageReward:
     """How well people would like the picture for its prompt, as a number of either sign.
 
     The score of ImageReward-v1.0, for a whole batch at once, on the pictures' device, in float32
     whatever the model's dtype: bfloat16 is off by up to 0.03. It agrees with the PyPI package
     image-reward to 1e-3 on random weights of full size (tests/core/test_image_reward_parity.py).
-    CR-Diff's reference implementation resizes the picture to 256 with PIL before it is scored;
-    here it is scored as it was drawn.
+    The network sees 224x224 pixels. With resize=256, as in CR-Diff's reference implementation,
+    they show the whole picture, squashed to a square. With none, as in the package, they show its
+    middle in true proportions: at 400x560 the outer 27% of the columns are never seen, at 480x360
+    the outer 24% of the rows.
 
     path:               an ImageReward.pt, or the same weights as .safetensors, not the hub's.
     hub_id:             hub repository of ImageReward.pt.
     hub_revision:       branch, tag or commit of it.
     tokenizer:          hub repository, or a folder, that holds bert-base-uncased's vocab.txt.
     tokenizer_revision: branch, tag or commit of it.
+    resize:             256 or none.
     Nothing is downloaded: what the hub has is looked for in the local Hugging Face cache.
     Nothing is read before the first version or score; both raise RewardError, in one line, for a
     file that is missing or is not ImageReward-v1.0.
@@ -189,26 +206,29 @@ class ImageReward:
         hub_revision: str = "main",
         tokenizer: str = "google-bert/bert-base-uncased",
         tokenizer_revision: str = "main",
+        resize: Resize = 256,
     ) -> None:
         self.path = path
         self.hub_id = hub_id
         self.hub_revision = hub_revision
         self.tokenizer = tokenizer
         self.tokenizer_revision = tokenizer_revision
+        self.resize = checked_resize(resize)
         self._device: torch.device | None = None
         # On the device, so that a prompt is tokenised and sent there once for the whole search.
         self._tokens: dict[str, Tensor] = {}
 
     @cached_property
     def version(self) -> str:
-        """Which weights and which vocabulary: `v1.0-<weights>-<vocabulary>`.
+        """Which weights, vocabulary and pictures: `v1.0-<weights>-<vocabulary>[-resize256]`.
 
         The weights are named by the hub's commit, those of a path by their SHA-256, and the
         vocabulary by its SHA-256.
         """
         file = self._weights_file()
         weights = _sha256(file) if self.path else file.parent.name
-        return f"v1.0-{weights[:12]}-{_sha256(self._vocabulary_file())[:8]}"
+        vocabulary = _sha256(self._vocabulary_file())
+        return f"v1.0-{weights[:12]}-{vocabulary[:8]}{resize_suffix(self.resize)}"
 
     def check(self, prompts: Sequence[str]) -> None:
         """Accept every text: it was trained on whatever people write."""
@@ -240,7 +260,7 @@ class ImageReward:
         tokens = torch.stack([self._tokenise(prompt) for prompt in prompts])
         with torch.autocast(images.device.type, enabled=False):
             scores = [
-                self._network(self._network.preprocess(some.float()), these)
+                self._network(self._network.preprocess(some.float(), self.resize), these)
                 for some, these in zip(
                     torch.split(images, _CHUNK), torch.split(tokens, _CHUNK), strict=True
                 )

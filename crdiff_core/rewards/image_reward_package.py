@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from crdiff_core.errors import RewardError
+from crdiff_core.rewards import Resize, checked_resize, resize_suffix
 
 _MODEL = "ImageReward-v1.0"
 
@@ -23,22 +24,27 @@ class ImageRewardPackage:
 
     The package is no dependency, as its last working transformers is 4.55.4; it downloads its
     weights itself, to ~/.cache/ImageReward.
+
+    resize: 256 squashes the whole picture to 256x256 pixels first, as CR-Diff's reference
+            implementation does; none leaves it to the package, which crops the middle.
     Both version and scores raise RewardError, in one line, where it does not import.
     Source: ImageReward (arXiv:2304.05977).
     """
 
     name = "image_reward_package"
 
-    def __init__(self) -> None:
+    def __init__(self, resize: Resize = 256) -> None:
+        self.resize = checked_resize(resize)
         self._model: Any = None
         self._device: torch.device | None = None
 
     @cached_property
     def version(self) -> str:
-        """The package's version and its model's name."""
+        """The package's version, its model's name and the resize: `1.5-<model>[-resize256]`."""
         # Imported although metadata would do: a search should fail before it starts.
         _ = self._package
-        return f"{importlib.metadata.version('image-reward')}-{_MODEL}"
+        version = importlib.metadata.version("image-reward")
+        return f"{version}-{_MODEL}{resize_suffix(self.resize)}"
 
     def check(self, prompts: Sequence[str]) -> None:
         """Accept every text: it was trained on whatever people write."""
@@ -67,9 +73,17 @@ class ImageRewardPackage:
             self._device = images.device
         pixels = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
         return [
-            float(self._model.score(prompt, Image.fromarray(picture)))
+            float(self._model.score(prompt, self._resized(Image.fromarray(picture))))
             for prompt, picture in zip(prompts, pixels.numpy(), strict=True)
         ]
+
+    def _resized(self, picture: Image.Image) -> Image.Image:
+        if self.resize == "none":
+            return picture
+        # The width first, as Pillow did before 13 without being told, and as image_reward does.
+        for size in ((self.resize, picture.height), (self.resize, self.resize)):
+            picture = picture.resize(size, Image.Resampling.BICUBIC)
+        return picture
 
     @cached_property
     def _package(self) -> Any:

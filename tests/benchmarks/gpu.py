@@ -384,7 +384,7 @@ class Bench:
 
         @torch.no_grad()
         def score(num: int) -> None:
-            scores = network(network.preprocess(images[:num]), tokens[:num])
+            scores = network(network.preprocess(images[:num], 256), tokens[:num])
             assert scores.isfinite().all()
 
         found = {}

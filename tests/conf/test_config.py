@@ -67,6 +67,20 @@ def test_what_a_model_brings_can_be_chosen_otherwise():
     assert (config.reward.name, config.prompts.name) == ("image_reward_package", "coco")
 
 
+@pytest.mark.parametrize("reward", ["image_reward", "image_reward_package"])
+def test_the_reward_sees_the_whole_picture_unless_asked_not_to(reward):
+    assert composed(f"reward={reward}").reward.resize == 256
+    assert composed(f"reward={reward}", "reward.resize=none").reward.resize == "none"
+
+
+@pytest.mark.parametrize("reward", ["image_reward", "image_reward_package"])
+def test_a_run_recorded_before_the_reward_could_squash_squashed_nothing(reward):
+    recorded = composed(f"reward={reward}").model_dump(mode="json")
+    del recorded["reward"]["resize"]
+
+    assert Config.parse(recorded).reward.resize == "none"
+
+
 @pytest.mark.parametrize("model", ["sdxl", "sd15", "sd21"])
 def test_a_real_model_is_pinned_to_a_commit(model):
     settings = composed(f"model={model}").model
@@ -157,11 +171,14 @@ def test_settings_survive_json():
         ("render.compile=fast", "render.compile: input should be 'none', 'blocks' or 'graphs'"),
         ("render.size_conditioning=big", "render.size_conditioning: input should be 'requested'"),
         ("cluster.gpu_hour_price=-1", "cluster.gpu_hour_price: input should be greater than"),
+        ("reward=image_reward reward.resize=224", "reward.resize: input should be 256 or 'none'"),
+        ("reward=image_reward_package reward.resize=null", "reward.resize: input should be 256"),
+        ("+reward.resize=256", "reward.resize: there is no such setting"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_the_setting(override, message):
     with pytest.raises(ConfigError) as raised:
-        composed(override)
+        composed(*override.split())
 
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)

@@ -83,6 +83,13 @@ def draw(index: int, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
 
 
+def squashed(picture: Image.Image) -> Image.Image:
+    """The picture at 256x256; along the width first, as Pillow always did before 13."""
+    for size in ((256, picture.height), (256, 256)):
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    return picture
+
+
 def randomise(model: torch.nn.Module) -> None:
     """Give every weight its own value, so that no two can be swapped without a trace."""
     generator = torch.Generator().manual_seed(0)
@@ -124,6 +131,11 @@ def main(folder: Path) -> None:
         result = {
             "prompts": prompts,
             "scores": [model.score(prompts[i], pictures[i]) for i in range(len(prompts))],
+            # Squashed first, as CR-Diff's reference implementation does.
+            "squashed_scores": [
+                model.score(prompt, squashed(picture))
+                for prompt, picture in zip(prompts, pictures, strict=True)
+            ],
             "scores_of_first_prompt": model.inference_rank(prompts[0], pictures)[1],
             "texts": texts,
             "input_ids": encoded.input_ids,

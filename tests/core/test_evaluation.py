@@ -272,6 +272,54 @@ class OnceNotFinite(Brightness):
         )
 
 
+class ShortOfMemory(Brightness):
+    """Runs out of memory for more pictures than `at_most`; notes the sizes tried."""
+
+    def __init__(self, at_most: int, error: Exception) -> None:
+        self.at_most, self.error = at_most, error
+        self.tried: list[int] = []
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
+        self.tried.append(len(images))
+        if len(images) > self.at_most:
+            raise self.error
+        return super().__call__(images, prompts)
+
+
+def wrapped() -> RewardError:
+    error = RewardError("the weights do not load")
+    error.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
+    return error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), wrapped()])
+def test_too_little_memory_for_the_reward_scores_fewer_and_draws_nothing_again(replica, error):
+    expected = evaluate(replica, RATIOS, PROMPTS, Brightness())
+    reward = ShortOfMemory(1, error)
+    drawn = []
+    handle = replica.pipe.vae.decoder.register_forward_hook(
+        lambda _, __, images: drawn.append(len(images))
+    )
+    measured = evaluate(replica, RATIOS, PROMPTS, reward)
+    handle.remove()
+    assert reward.tried == [3, 1, 1, 1]
+    assert drawn == [3]
+    assert (measured.rewards, measured.batch_size) == (expected.rewards, 3)
+
+
+def test_a_picture_that_cannot_be_scored_alone_is_an_error_in_one_line(replica):
+    reward = ShortOfMemory(0, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RenderError, match=r"^one 16x16 picture does not fit into the memory of"):
+        evaluate(replica, RATIOS, PROMPTS, reward)
+
+
+def test_another_error_of_the_reward_is_not_taken_for_a_lack_of_memory(replica):
+    reward = ShortOfMemory(0, ValueError("nonsense"))
+    with pytest.raises(ValueError, match="nonsense"):
+        evaluate(replica, RATIOS, PROMPTS, reward)
+    assert reward.tried == [3]
+
+
 def test_a_reward_that_is_not_finite_once_is_measured_again(replica):
     reward = OnceNotFinite()
     rewards = evaluate(replica, RATIOS, PROMPTS, reward).rewards

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import os
 import pickle
 import shutil
@@ -17,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crdiff_core.errors import RewardError
-from crdiff_core.rewards import load_reward
+from crdiff_core.rewards import Resize, load_reward
 from crdiff_core.rewards.image_reward import Architecture, ImageReward
 from crdiff_core.rewards.image_reward_package import ImageRewardPackage
 
@@ -131,6 +133,12 @@ def reward(file: Path, vocabulary: Path) -> ImageReward:
 
 
 @pytest.fixture
+def cropping(file: Path, vocabulary: Path) -> ImageReward:
+    """The reward as the package gives it."""
+    return SmallImageReward(path=str(file), tokenizer=str(vocabulary), resize="none")
+
+
+@pytest.fixture
 def images() -> Tensor:
     """Three smooth pictures; noise would all be averaged away."""
     coarse = torch.rand(3, 3, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -214,13 +222,13 @@ def score_by_hand(weights: dict[str, Tensor], pixels: Tensor, ids: list[int]) ->
     return (float(x) - 0.16717362830052426) / 1.0333394966054072
 
 
-def test_score_is_the_one_computed_by_hand(reward, weights, images):
+def test_score_is_the_one_computed_by_hand(cropping, weights, images):
     small = (F.interpolate(images, (32, 32), mode="area") * 255).round() / 255
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     sentence = [VOCABULARY.index(word) for word in "[CLS] a red cat ##s [UNK] ! [SEP]".split()]
     expected = [score_by_hand(weights, (image - mean) / std, sentence) for image in small]
-    assert reward(small, ["A red cats zebra!"] * 3) == pytest.approx(expected, abs=1e-5)
+    assert cropping(small, ["A red cats zebra!"] * 3) == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 0.1
 
 
@@ -262,23 +270,75 @@ def test_same_call_gives_the_same_scores(reward, images):
     assert reward(images, PROMPTS) == reward(images, PROMPTS)
 
 
-@pytest.mark.parametrize("size", [(48, 64), (64, 48), (32, 32), (20, 31), (33, 97)])
-def test_pixels_are_those_of_pil(reward, size):
+def resized_by_pil(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Along the width first, as Pillow always did before 13."""
+    for size in ((width, picture.height), (width, height)):
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    return picture
+
+
+def as_picture(image: Tensor) -> Image.Image:
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def pixels_of_pil(image: Tensor, resize: Resize) -> Image.Image:
+    """What the small network sees of a (3, H, W) picture, resized by PIL."""
+    picture = as_picture(image)
+    if resize == 256:
+        picture = resized_by_pil(picture, 256, 256)
+    width, height = (int(32 * side / min(picture.size)) for side in picture.size)
+    left, top = round((width - 32) / 2), round((height - 32) / 2)
+    return resized_by_pil(picture, width, height).crop((left, top, left + 32, top + 32))
+
+
+@pytest.mark.parametrize("resize", [256, "none"])
+@pytest.mark.parametrize("size", [(48, 64), (64, 48), (32, 32), (20, 31), (400, 560), (480, 360)])
+def test_pixels_are_those_of_pil(reward, size, resize):
     generator = torch.Generator().manual_seed(2)
     coarse = torch.rand(1, 3, 7, 7, generator=generator)
     image = (F.interpolate(coarse, size, mode="nearest") * 255).round() / 255
-    height, width = (int(32 * side / min(size)) for side in size)
-    picture = Image.fromarray((image[0] * 255).byte().permute(1, 2, 0).numpy())
-    left, top = round((width - 32) / 2), round((height - 32) / 2)
-    cropped = picture.resize((width, height), Image.Resampling.BICUBIC).crop(
-        (left, top, left + 32, top + 32)
-    )
     network = reward._network
-    pixels = network.preprocess(image)[0] * network.pixel_std + network.pixel_mean
-    difference = (pixels * 255).permute(1, 2, 0).numpy() - np.asarray(cropped, np.float32)
-    # PIL counts in fixed point: at a tie the two may round apart, in either pass.
+    pixels = network.preprocess(image, resize)[0] * network.pixel_std + network.pixel_mean
+    expected = np.asarray(pixels_of_pil(image[0], resize), np.float32)
+    difference = (pixels * 255).permute(1, 2, 0).numpy() - expected
+    # PIL counts in fixed point: at a tie the two may round apart, in any pass.
     assert abs(difference).max() < 2.01
-    assert (abs(difference) > 0.01).mean() < 0.01
+    assert (abs(difference) > 0.01).mean() < 0.02
+
+
+@pytest.mark.parametrize("size", [(400, 560), (480, 360)])
+def test_squashed_pictures_score_as_those_that_pil_squashes(reward, cropping, size):
+    generator = torch.Generator().manual_seed(3)
+    coarse = torch.rand(3, 3, 9, 9, generator=generator)
+    images = (F.interpolate(coarse, size, mode="bicubic").clamp(0, 1) * 255).round() / 255
+    squashed = [np.array(resized_by_pil(as_picture(image), 256, 256)) for image in images]
+    expected = cropping(torch.from_numpy(np.stack(squashed)).permute(0, 3, 1, 2) / 255, PROMPTS)
+    assert reward(images, PROMPTS) == pytest.approx(expected, abs=1.3e-3)
+    assert min(abs(a - b) for i, a in enumerate(expected) for b in expected[:i]) > 0.01
+
+
+# (size, axis of an edge, pixels there that the package's transforms cut off whole): 27% and 24%.
+EDGES = [((400, 560), 3, 76), ((480, 360), 2, 57)]
+
+
+@pytest.mark.parametrize(("size", "axis", "width"), EDGES)
+@pytest.mark.parametrize("side", ["first", "last"])
+def test_what_is_drawn_at_the_edges_is_seen_unless_the_picture_is_cropped(
+    reward, size, axis, width, side
+):
+    network = reward._network
+    network.image_size = 224  # As the real one.
+    dark = torch.full((1, 3, *size), 0.2)
+    drawn = dark.clone()
+    drawn.narrow(axis, 0 if side == "first" else size[axis - 2] - width, width).fill_(1.0)
+
+    cropped, squashed = (
+        network.preprocess(drawn, resize) - network.preprocess(dark, resize)
+        for resize in ("none", 256)
+    )
+    assert not cropped.any()
+    share = squashed.abs().amax((0, 1)).gt(1).float().mean()
+    assert float(share) == pytest.approx(width / size[axis - 2], abs=0.01)
 
 
 def test_picture_scores_as_its_8_bit_file(reward, images):
@@ -314,7 +374,7 @@ def test_wrong_shapes_are_refused(reward, shape, num_prompts):
 def test_host_never_waits_for_the_device_while_it_scores(reward):
     # Meta tensors have no values: whatever needs one, as a wait for the GPU does, raises.
     network = reward._network.to("meta")
-    pixels = network.preprocess(torch.zeros(2, 3, 48, 64, device="meta"))
+    pixels = network.preprocess(torch.zeros(2, 3, 48, 64, device="meta"), 256)
     tokens = torch.zeros(2, 2, 35, dtype=torch.long, device="meta")
     assert network(pixels, tokens).shape == (2,)
 
@@ -373,6 +433,17 @@ def test_version_follows_the_weights(reward, vocabulary, tmp_path):
     other = SmallImageReward(str(tmp_path / "other.pt"), tokenizer=str(vocabulary))
     assert other.version != reward.version
     assert other.version.split("-")[2] == reward.version.split("-")[2]
+
+
+def test_version_without_a_resize_is_that_of_ledgers_from_before_it(cropping, file, vocabulary):
+    weights, words = (
+        hashlib.sha256(each.read_bytes()).hexdigest() for each in (file, vocabulary / "vocab.txt")
+    )
+    assert cropping.version == f"v1.0-{weights[:12]}-{words[:8]}"
+
+
+def test_version_names_the_resize(reward, cropping):
+    assert reward.version == f"{cropping.version}-resize256"
 
 
 def test_version_follows_the_vocabulary(reward, file, vocabulary):
@@ -555,6 +626,14 @@ def test_options_reach_the_reward():
     assert (reward.path, reward.hub_revision) == ("/some/file", "abc")
 
 
+@pytest.mark.parametrize("name", ["image_reward", "image_reward_package"])
+@pytest.mark.parametrize("resize", [224, None, "256"])
+def test_unknown_resize_is_refused(name, resize):
+    with pytest.raises(RewardError, match=r"^resize .* is unknown: give 256, .* none") as caught:
+        load_reward(name, resize=resize)
+    message(caught)
+
+
 @pytest.mark.parametrize(
     ("name", "remedy"), [("image_reward", "choose among path, hub_id"), ("shapes", "no options")]
 )
@@ -572,6 +651,7 @@ class FakePackage:
 
     def __init__(self) -> None:
         self.loaded: list[tuple[str, str]] = []
+        self.seen: list[Image.Image] = []
 
     def load(self, name: str, device: str) -> FakePackage:
         self.loaded.append((name, device))
@@ -579,6 +659,7 @@ class FakePackage:
 
     def score(self, prompt: str, image: Image.Image) -> float:
         assert image.mode == "RGB"
+        self.seen.append(image)
         return len(prompt) + float(np.asarray(image)[0, 0, 0])
 
 
@@ -595,12 +676,31 @@ def test_package_that_does_not_import_says_what_to_use(use, images):
 
 
 def test_package_scores_each_picture_with_its_prompt(images):
-    reward = ImageRewardPackage()
+    reward = ImageRewardPackage(resize="none")
     reward._package = package = FakePackage()
     corner = (images[:, 0, 0, 0] * 255).round().tolist()
     expected = [value + len(prompt) for value, prompt in zip(corner, PROMPTS, strict=True)]
     assert reward(images, PROMPTS) == reward(images, PROMPTS) == expected
     assert package.loaded == [("ImageReward-v1.0", "cpu")]
+
+
+@pytest.mark.parametrize(("resize", "size"), [(256, (256, 256)), ("none", (64, 48))])
+def test_package_sees_the_picture_squashed_by_pil_or_as_it_is(images, resize, size):
+    reward = ImageRewardPackage(resize)
+    reward._package = package = FakePackage()
+    reward(images[:1], PROMPTS[:1])
+    assert package.seen == [resized_by_pil(as_picture(images[0]), *size)]
+
+
+def test_package_version_names_the_resize(monkeypatch):
+    versions = {"image-reward": "1.5"}
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
+    found = {}
+    for resize in (256, "none"):
+        reward = ImageRewardPackage(resize)
+        reward._package = FakePackage()
+        found[resize] = reward.version
+    assert found == {"none": "1.5-ImageReward-v1.0", 256: "1.5-ImageReward-v1.0-resize256"}
 
 
 def test_package_without_weights_says_what_to_use(images):

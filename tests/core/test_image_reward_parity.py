@@ -74,7 +74,9 @@ def package(folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def reward(folder: Path) -> ImageReward:
     return ImageReward(
-        path=str(folder / "ImageReward.pt"), tokenizer=str(folder / "bert-base-uncased")
+        path=str(folder / "ImageReward.pt"),
+        tokenizer=str(folder / "bert-base-uncased"),
+        resize="none",
     )
 
 
@@ -124,11 +126,13 @@ def test_same_pixels_get_the_packages_scores(package, reward, folder):
         assert difference(ours, theirs) <= 1e-5
 
 
-def test_pictures_get_nearly_the_packages_scores(package, reward, folder):
+@pytest.mark.parametrize(("resize", "scores"), [("none", "scores"), (256, "squashed_scores")])
+def test_pictures_get_nearly_the_packages_scores(package, reward, folder, resize, scores):
+    reward.resize = resize
     ours = []
     for index, prompt in enumerate(package["prompts"]):
         picture = np.array(Image.open(folder / f"{index}.png"))
         image = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
         ours += reward(image, [prompt])
-    print(f"own preprocessing: {difference(ours, package['scores']):.2e}")
-    assert difference(ours, package["scores"]) <= 1e-3
+    print(f"own preprocessing, resize={resize}: {difference(ours, package[scores]):.2e}")
+    assert difference(ours, package[scores]) <= 1e-3

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import accelerate
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 import crdiff_core
@@ -513,3 +516,345 @@ def test_baking_ratios_of_zero_changes_nothing(sd_pipe):
     before = snapshot(sd_pipe.unet)
     bake(sd_pipe, BlockRatios())
     assert_same_bits(sd_pipe.unet, before)
+
+
+# What is done to a pipeline after apply
+
+
+def assert_alike(found: Tensor, expected: Tensor) -> None:
+    """Equal but for the last digits, which on some CPUs depend on where the weights lie."""
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def in_a_block(pipe: Any) -> Any:
+    """A transformer block of the UNet, in its middle."""
+    return pipe.unet.mid_block.attentions[0].transformer_blocks[0]
+
+
+def ip_adapter(pipe: Any) -> None:
+    """Load an IP-Adapter of random weights into the UNet."""
+    generator = torch.Generator().manual_seed(6)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    image = {"proj.weight": random(4 * HIDDEN, 8), "proj.bias": random(4 * HIDDEN)}
+    image |= {"norm.weight": torch.ones(HIDDEN), "norm.bias": torch.zeros(HIDDEN)}
+    keys = {}
+    crossed = [name for name in pipe.unet.attn_processors if "attn2" in name]
+    for place, name in enumerate(crossed):
+        width = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        for kind in "kv":
+            keys[f"{2 * place + 1}.to_{kind}_ip.weight"] = random(width, HIDDEN)
+    pipe.unet._load_ip_adapter_weights([{"image_proj": image, "ip_adapter": keys}])
+
+
+def lora(pipe: Any, name: str = "style") -> None:
+    """Load a LoRA of random weights, for some attention and feed-forward layers."""
+    generator = torch.Generator().manual_seed(7)
+    unet = pipe.unet.dense if isinstance(pipe.unet, POADenoiser) else pipe.unet
+    weights = {}
+    for layer, module in unet.named_modules():
+        layer = layer.removesuffix(".base_layer")  # Of another LoRA.
+        if isinstance(module, nn.Linear) and layer.endswith(("to_q", "ff.net.0.proj")):
+            rows, columns = module.weight.shape
+            for side, shape in {"A": (2, columns), "B": (rows, 2)}.items():
+                key = f"unet.{layer}.lora_{side}.weight"
+                weights[key] = 0.3 * torch.randn(*shape, generator=generator)
+    pipe.load_lora_weights(weights, adapter_name=name)
+
+
+def set_weight(pipe: Any) -> None:
+    in_a_block(pipe).attn1.to_q.weight.data.add_(0.1)
+
+
+def replace_weight(pipe: Any) -> None:
+    layer = in_a_block(pipe).attn1.to_q
+    layer.weight = nn.Parameter(layer.weight + 0.1)
+
+
+def replace_shared_weight(pipe: Any) -> None:
+    layer = in_a_block(pipe).attn2.to_q
+    layer.weight = nn.Parameter(layer.weight + 0.1)
+
+
+def load_weights(pipe: Any) -> None:
+    other = {name: tensor * 0.9 for name, tensor in pipe.unet.up_blocks.state_dict().items()}
+    pipe.unet.up_blocks.load_state_dict(other)
+
+
+def replace_module(pipe: Any) -> None:
+    pipe.unet.mid_block.resnets[0].nonlinearity = nn.ReLU()
+
+
+def replace_forward(pipe: Any) -> None:
+    layer = in_a_block(pipe).ff
+    layer.forward = MethodType(lambda self, x: 0.5 * type(self).forward(self, x), layer)
+
+
+def hook(pipe: Any) -> None:
+    in_a_block(pipe).ff.register_forward_hook(lambda _, __, output: 0.5 * output)
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "freeu": lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+    "processors": lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()),
+    "one processor": lambda pipe: in_a_block(pipe).attn1.set_processor(AttnProcessor()),
+    "attention slices": lambda pipe: pipe.enable_attention_slicing(1),
+    "fused projections": lambda pipe: pipe.unet.fuse_qkv_projections(),
+    "a setting": lambda pipe: setattr(in_a_block(pipe).attn1, "scale", 0.1),
+    "a module": replace_module,
+    "a forward": replace_forward,
+    "a hook": hook,
+    "a weight in place": set_weight,
+    "a weight": replace_weight,
+    "a weight that is not pruned": replace_shared_weight,
+    "a state dict": load_weights,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_change_after_apply_is_an_error_at_the_next_drawing(sd_pipe, change):
+    draw(crdiff_core.apply(sd_pipe, RATIOS))
+    change(sd_pipe)
+    with pytest.raises(PruningError, match=r"was changed after .*: call .*remove") as caught:
+        draw(sd_pipe)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_applying_anew_takes_the_change_into_both_passes(sd_pipe, change):
+    changed = copy.deepcopy(sd_pipe)
+    change(changed)
+    change(crdiff_core.apply(sd_pipe, RATIOS))
+    crdiff_core.apply(crdiff_core.remove(sd_pipe), RATIOS)
+    expected = draw(crdiff_core.apply(changed, RATIOS))
+    assert_alike(draw(sd_pipe), expected)
+
+
+def test_the_error_names_what_was_changed(sd_pipe):
+    crdiff_core.apply(sd_pipe, RATIOS).enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    with pytest.raises(PruningError, match=r"the UNet's up_blocks\.0\.(s1|s2|b1|b2) was changed"):
+        draw(sd_pipe)
+
+
+def test_a_change_that_is_taken_back_is_none(sd_pipe):
+    expected = draw(crdiff_core.apply(sd_pipe, RATIOS))
+    sd_pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    for block in sd_pipe.unet.up_blocks:
+        for name in ("s1", "s2", "b1", "b2"):
+            delattr(block, name)
+    assert_alike(draw(sd_pipe), expected)
+
+
+def test_a_change_between_two_steps_is_an_error_at_the_second(sd_pipe):
+    steps = []
+
+    def change(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        steps.append(step)
+        pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+        return {}
+
+    crdiff_core.apply(sd_pipe, RATIOS)
+    with pytest.raises(PruningError, match="was changed"):
+        draw(sd_pipe, callback_on_step_end=change)
+    assert steps == [0]
+
+
+@pytest.mark.parametrize("poa_weight", [0.0, 1.0, 1.5])
+def test_the_unets_are_compared_once_for_each_drawing(pipe, poa_weight):
+    denoiser = crdiff_core.apply(pipe, RATIOS, poa_weight).unet
+    compare, comparisons = denoiser.replica.change, []
+    denoiser.replica.change = lambda: comparisons.append(compare())
+    for num in (1, 2):
+        draw(pipe)
+        assert len(comparisons) == num
+
+
+def test_a_whole_unet_offloaded_after_apply_is_an_error_at_the_next_drawing(sd_pipe):
+    crdiff_core.apply(sd_pipe, RATIOS)
+    sd_pipe.unet.enable_group_offload(CPU, CPU, offload_type="leaf_level")
+    with pytest.raises(PruningError, match="was changed"):
+        draw(sd_pipe)
+
+
+def test_a_method_in_place_of_a_forward_before_apply_is_in_both_passes(sd_pipe):
+    replace_forward(sd_pipe)
+    expected = prune(copy.deepcopy(sd_pipe.unet))
+    assert_alike(call(crdiff_core.apply(sd_pipe, RATIOS, 1.0).unet), call(expected))
+
+
+def test_a_function_in_place_of_a_forward_is_refused(sd_pipe):
+    layer = in_a_block(sd_pipe).ff
+    own = layer.forward
+    layer.forward = lambda x: 0.5 * own(x)
+    with pytest.raises(PruningError, match=r"forward of .*\.ff was replaced by a f") as caught:
+        crdiff_core.apply(sd_pipe, RATIOS)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_ip_adapter_from_before_apply_is_in_both_passes(sd_pipe):
+    ip_adapter(sd_pipe)
+    image = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(8))
+    pruned = prune(copy.deepcopy(sd_pipe.unet))
+    own = {"added_cond_kwargs": {"image_embeds": [image]}}
+    with torch.no_grad():
+        expected = pruned(*unet_inputs(), **own).sample
+        assert not torch.allclose(expected, pruned(*unet_inputs(), **swapped(own)).sample)
+        denoiser = crdiff_core.apply(sd_pipe, RATIOS, poa_weight=1.0).unet
+        assert_alike(denoiser(*unet_inputs(), **own).sample, expected)
+
+
+def swapped(own: dict[str, Any]) -> dict[str, Any]:
+    (image,) = own["added_cond_kwargs"]["image_embeds"]
+    return {"added_cond_kwargs": {"image_embeds": [image.flip(0)]}}
+
+
+def test_an_ip_adapter_after_apply_is_an_error(sd_pipe):
+    ip_adapter(crdiff_core.apply(sd_pipe, RATIOS))
+    with pytest.raises(PruningError, match="was changed"):
+        draw(sd_pipe)
+
+
+def test_an_ip_adapters_scale_after_apply_is_an_error(sd_pipe):
+    ip_adapter(sd_pipe)
+    crdiff_core.apply(sd_pipe, RATIOS).set_ip_adapter_scale(0.3)
+    with pytest.raises(PruningError, match=r"attn2\.processor\.scale was changed"):
+        call(sd_pipe.unet)
+
+
+def test_a_t2i_adapters_residuals_reach_both_passes():
+    # The UNet empties their list.
+    def residuals() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(9)
+        shapes = ((2, 16, 6, 10), (2, 32, 3, 5))
+        return [torch.randn(*shape, generator=generator) for shape in shapes]
+
+    def adapted(unet: nn.Module) -> Tensor:
+        given = residuals()
+        with torch.no_grad():
+            output: Tensor = unet(
+                *unet_inputs(), down_intrablock_additional_residuals=given, return_dict=False
+            )[0]
+        return output
+
+    dense, pruned = adapted(unet_of()), adapted(prune(unet_of()))
+    assert not torch.allclose(pruned, call(prune(unet_of())), atol=1e-3)
+    expected = 1.5 * pruned - 0.5 * dense
+    torch.testing.assert_close(adapted(POADenoiser(unet_of(), RATIOS, 1.5)), expected)
+
+
+def test_a_pipeline_saved_while_applied_is_the_dense_one(sd_pipe, sd_folder, tmp_path):
+    crdiff_core.apply(sd_pipe, RATIOS).save_pretrained(tmp_path / "saved")
+    saved = Model("small", str(tmp_path / "saved")).load(CPU)
+    assert_same_bits(saved.unet, snapshot(Model("small", str(sd_folder)).load(CPU).unet))
+
+
+# LoRA, where peft is installed
+
+
+@pytest.fixture
+def peft() -> Any:
+    return pytest.importorskip("peft")
+
+
+@pytest.mark.usefixtures("peft")
+def test_a_lora_from_before_apply_is_whole_in_both_passes_and_not_prunable(pipe):
+    bare, num_bare = copy.deepcopy(pipe), num_prunable(pipe.unet)
+    lora(pipe)
+    assert num_prunable(pipe.unet) == num_bare
+    # Pruned by hand before the LoRA comes, by which its layers have other names.
+    expected = copy.deepcopy(bare)
+    prune(expected.unet)
+    lora(expected)
+    assert_alike(draw(crdiff_core.apply(pipe, RATIOS, poa_weight=1.0)), draw(expected))
+    lora(bare)
+    assert_alike(draw(crdiff_core.apply(pipe, RATIOS, poa_weight=0.0)), draw(bare))
+
+
+@pytest.mark.usefixtures("peft")
+def test_a_lora_changes_the_pictures(pipe):
+    before = draw(crdiff_core.apply(copy.deepcopy(pipe), RATIOS))
+    lora(pipe)
+    assert not torch.allclose(draw(crdiff_core.apply(pipe, RATIOS)), before, atol=1e-2)
+
+
+@pytest.mark.usefixtures("peft")
+def test_removing_leaves_the_lora_as_it_was(sd_pipe):
+    lora(sd_pipe)
+    expected = draw(sd_pipe)
+    draw(crdiff_core.apply(sd_pipe, RATIOS))
+    assert_alike(draw(crdiff_core.remove(sd_pipe)), expected)
+
+
+@pytest.mark.usefixtures("peft")
+def test_a_lora_after_apply_is_an_error(pipe):
+    lora(crdiff_core.apply(pipe, RATIOS))
+    with pytest.raises(PruningError, match="was changed"):
+        draw(pipe)
+    fresh = copy.deepcopy(crdiff_core.remove(pipe))
+    assert_alike(draw(crdiff_core.apply(pipe, RATIOS)), draw(crdiff_core.apply(fresh, RATIOS)))
+
+
+LORA_CHANGES: dict[str, Callable[[Any], object]] = {
+    "unloaded": lambda pipe: pipe.unload_lora_weights(),
+    "weaker": lambda pipe: pipe.set_adapters("style", 0.5),
+    "disabled": lambda pipe: pipe.disable_lora(),
+    "deleted": lambda pipe: pipe.delete_adapters("style"),
+    "fused": lambda pipe: pipe.fuse_lora(components=["unet"]),
+    "another": lambda pipe: lora(pipe, "another"),
+}
+
+
+# Of a second LoRA, to whom it may concern.
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+@pytest.mark.usefixtures("peft")
+@pytest.mark.parametrize("change", LORA_CHANGES.values(), ids=LORA_CHANGES.keys())
+def test_what_is_done_to_a_lora_after_apply_is_an_error_until_it_is_applied_anew(sd_pipe, change):
+    lora(sd_pipe)
+    changed = copy.deepcopy(sd_pipe)
+    change(changed)
+    change(crdiff_core.apply(sd_pipe, RATIOS))
+    with pytest.raises(PruningError, match="was changed"):
+        draw(sd_pipe)
+    crdiff_core.apply(crdiff_core.remove(sd_pipe), RATIOS)
+    assert_alike(draw(sd_pipe), draw(crdiff_core.apply(changed, RATIOS)))
+
+
+@pytest.mark.usefixtures("peft")
+@pytest.mark.parametrize("poa_weight", [0.0, 1.0, 1.5])
+def test_a_loras_scale_for_one_call_reaches_both_passes(sd_pipe, poa_weight):
+    lora(sd_pipe)
+    half = copy.deepcopy(sd_pipe)
+    half.set_adapters("style", 0.3)
+    expected = draw(crdiff_core.apply(half, RATIOS, poa_weight))
+    crdiff_core.apply(sd_pipe, RATIOS, poa_weight)
+    for _ in range(2):  # The first leaves the scale changed by rounding.
+        found = draw(sd_pipe, cross_attention_kwargs={"scale": 0.3})
+        assert_alike(found, expected)
+
+
+# Inference mode
+
+
+@pytest.mark.parametrize("loads_within", [True, False])
+def test_what_was_applied_in_inference_mode_is_changed_and_removed_outside(folder, loads_within):
+    with torch.inference_mode(loads_within):
+        pipe = Model("small", str(folder)).load(CPU)
+    expected = draw(crdiff_core.apply(copy.deepcopy(pipe), RATIOS))
+    before = snapshot(pipe.unet)
+    with torch.inference_mode():
+        draw(crdiff_core.apply(pipe, BlockRatios(0.1, 0.2, 0.3)))
+    assert_alike(draw(crdiff_core.apply(pipe, RATIOS)), expected)
+    with torch.inference_mode():
+        assert_alike(draw(pipe), expected)
+        crdiff_core.remove(pipe)
+    assert_same_bits(pipe.unet, before)
+
+
+def test_what_was_removed_in_inference_mode_can_be_trained(sd_pipe):
+    sd_pipe.unet.requires_grad_(True)
+    with torch.inference_mode():
+        crdiff_core.remove(crdiff_core.apply(sd_pipe, RATIOS))
+    sd_pipe.unet(*unet_inputs()).sample.sum().backward()
+    torch.optim.SGD(sd_pipe.unet.parameters(), lr=0.1).step()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -356,6 +358,103 @@ def test_release_leaves_each_dense_layer_a_weight_of_its_own():
             assert weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+# Changes that the pruned UNet did not see
+
+
+class Ring:
+    """Holds itself."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.ring = number, self
+
+
+def twice(x: float) -> float:
+    return 2 * x
+
+
+SETTINGS: dict[str, tuple[object, object]] = {
+    "int": (1, 2),
+    "float": (0.1, 0.2),
+    "none": (None, 1),
+    "tuple": ((1, "a"), (1, "b")),
+    "list": ([1], [1, 2]),
+    "dict": ({"style": [0.5]}, {"style": [0.25]}),
+    "tensor": (torch.ones(2), torch.zeros(2)),
+    "array": (np.ones(2), np.zeros(2)),
+    "object": (Ring(1), Ring(2)),
+    "partial": (partial(twice, 1.0), partial(twice, 2.0)),
+    "method": (Ring(1).__init__, Ring(1).__repr__),
+    "function": (twice, lambda x: 3 * x),
+    "class": (Ring, Blocks),
+    "generator": (np.random.default_rng(0).random, None),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_a_setting_of_any_kind_is_alike_until_it_is_changed(before, after):
+    model = Blocks()
+    model.mid_block.setting = before
+    replica = PrunedReplica(model)
+    assert replica.change() is None
+    model.mid_block.setting = after
+    assert replica.change() == "mid_block.setting"
+
+
+def test_a_new_setting_is_a_change_and_one_that_went_too():
+    model = Blocks()
+    model.old = 1
+    replica = PrunedReplica(model)
+    model.new = 1
+    assert replica.change() == "new"
+    del model.new, model.old
+    assert replica.change() == "old"
+
+
+def test_a_number_that_only_rounding_changed_is_no_change():
+    model = Blocks()
+    model.scale = 0.7
+    replica = PrunedReplica(model)
+    model.scale = math.nextafter(model.scale, 1)
+    assert replica.change() is None
+
+
+def test_hooks_on_both_are_no_change_and_one_on_the_dense_blocks_is():
+    replica = PrunedReplica(Blocks())
+    for unet in (replica.dense, replica.pruned):
+        unet.mid_block.register_forward_hook(twice)
+    assert replica.change() is None
+    replica.dense.up_blocks.register_forward_pre_hook(twice)
+    assert replica.change() == "up_blocks._forward_pre_hooks"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", GROUPS)
+def test_weights_written_in_place_are_a_change_until_they_are_packed(dtype, group):
+    replica = PrunedReplica(Blocks(dtype))
+    replica.set_ratios(BlockRatios(0.2, 0.4, 0.6))
+    weights_of(replica.dense, group)[-1].mul_(2)
+    assert replica.change() == f"the weights of its {group} blocks"
+    replica.pack()
+    assert replica.change() is None
+
+
+def test_a_change_is_seen_in_every_layer_of_a_group_too_large_to_read(monkeypatch):
+    monkeypatch.setattr("crdiff_core.pruning._NUM_SAMPLED", 20)  # Of 120 weights, 30 a layer.
+    replica = PrunedReplica(Blocks())
+    for weights in weights_of(replica.dense, "down"):
+        before = weights.clone()
+        weights += 1
+        assert replica.change() == "the weights of its down blocks"
+        weights.copy_(before)
+        assert replica.change() is None
+
+
+def test_weights_that_are_not_numbers_are_no_change():
+    model = Blocks()
+    weights_of(model, "up")[0].fill_(math.nan)
+    assert PrunedReplica(model).change() is None
 
 
 # What cannot be pruned

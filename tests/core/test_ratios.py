@@ -96,6 +96,10 @@ def test_a_ratios_error_is_what_users_catch():
         ("up_blocks.2.resnets.0.conv1.weight", None),
         ("controlnet_up_blocks.0.attn1.to_q.weight", None),
         ("attn1.to_q.weight", None),
+        # As peft names what a LoRA is for, and the LoRA itself.
+        ("up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.base_layer.weight", "up"),
+        ("up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.style.weight", None),
+        ("mid_block.attentions.0.transformer_blocks.0.ff.net.2.lora_B.style.weight", None),
     ],
 )
 def test_a_layers_group_is_told_by_its_name(name, group):

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from crdiff_core.errors import ModelError, RenderError
+from crdiff_core.errors import ModelError, RenderError, RewardError
 from crdiff_core.models import Model
 from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import GROUPS, BlockRatios, Resolution
-from crdiff_core.replica import Replica, choose_device
+from crdiff_core.replica import Replica, choose_device, is_out_of_memory
 from tests.core.conftest import CPU
 
 # Diffusers' scheduler calls np.array on a tensor, which torch has not yet adapted to numpy 2.
@@ -202,6 +202,42 @@ def test_a_prompt_of_its_own_text_is_encoded_by_itself(sd_replica):
     assert set(sizes) == {1}
 
 
+def test_no_more_embeddings_and_noises_are_kept_than_a_search_needs(folder, monkeypatch):
+    encoded = []
+    embed = Replica._embed
+
+    def counted(self: Replica, text: str) -> dict[str, Tensor]:
+        encoded.append(text)
+        return embed(self, text)
+
+    monkeypatch.setattr(Replica, "_embed", counted)
+    monkeypatch.setattr("crdiff_core.replica._NUM_CACHED", 2)
+    replica = load(folder)
+    first = replica.render([CAT])
+    replica.render([DOG])
+    replica.render([CAT])
+    replica.render([FOX])  # The dog was looked at longest ago.
+    assert encoded == [CAT.text, DOG.text, FOX.text]
+    assert torch.equal(replica.render([CAT]), first)
+    assert encoded == [CAT.text, DOG.text, FOX.text]
+    replica.render([DOG])
+    assert encoded == [CAT.text, DOG.text, FOX.text, DOG.text]
+    assert replica._embedding.cache_info().currsize == 2
+    assert replica._noise.cache_info().currsize == 2
+
+
+def test_what_is_no_longer_cached_is_freed(sd_folder, monkeypatch):
+    monkeypatch.setattr("crdiff_core.replica._NUM_CACHED", 1)
+    replica = load(sd_folder)
+    held = [
+        weakref.ref(replica._embedding(CAT.text)["prompt_embeds"]),
+        weakref.ref(replica._noise(replica.resolution, CAT.seed)),
+    ]
+    assert None not in [each() for each in held]
+    replica.render([DOG])
+    assert [each() for each in held] == [None, None]
+
+
 def test_close_frees_the_model_and_the_buffers(replica):
     replica.render([CAT])
     denoiser = replica.denoiser
@@ -326,6 +362,99 @@ def test_a_batch_that_did_not_fit_is_not_tried_again(sd_replica):
     del tried[:]
     sd_replica.render([CAT, DOG, FOX])
     assert max(tried) <= 2
+
+
+class Decoder:
+    """Lets the VAE's decoder run out of memory for more pictures; notes the sizes tried."""
+
+    def __init__(self, replica: Replica, at_most: int) -> None:
+        self.tried: list[int] = []
+        self.at_most = at_most
+        replica.pipe.vae.decoder.register_forward_pre_hook(self)
+
+    def __call__(self, _: Any, args: tuple[Tensor, ...]) -> None:
+        self.tried.append(len(args[0]))
+        if len(args[0]) > self.at_most:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+
+def test_too_little_memory_for_the_decoder_decodes_fewer_and_draws_no_step_again(replica):
+    prompts = [Prompt(f"a cat {word}", f"t{i}", i) for i, word in enumerate("a b c d e".split())]
+    replica.set_ratios(RATIOS)
+    expected = replica.render(prompts)
+    decoder = Decoder(replica, at_most=2)
+    with first_samples(replica) as samples:
+        torch.testing.assert_close(replica.render(prompts), expected, atol=1e-5, rtol=0)
+    assert decoder.tried == [5, 2, 2, 1]
+    assert [len(each) for each in samples] == [5]
+    # Memory may be there again, and how many are decoded at once moves digits.
+    decoder.at_most = 5
+    replica.render(prompts)
+    assert decoder.tried[4:] == [5]
+
+
+def test_a_picture_that_cannot_be_decoded_alone_is_refused_in_one_line(sd_replica):
+    decoder = Decoder(sd_replica, at_most=0)
+    with pytest.raises(RenderError, match=r"^one 16x24 picture does not fit into the memory of"):
+        sd_replica.render([CAT, DOG])
+    assert decoder.tried == [2, 1]
+
+
+def raised(work: Callable[[], object]) -> Exception:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # Of any class.
+        work()
+    return caught.value
+
+
+def injected(kind: type[Exception], message: str) -> Callable[..., Any]:
+    def fail(*_: Any) -> Any:
+        raise kind(message)
+
+    return fail
+
+
+def wrapped() -> None:
+    try:
+        injected(torch.OutOfMemoryError, "CUDA out of memory")()
+    except RuntimeError as error:
+        raise RewardError("the weights do not load") from error
+
+
+def compiled(backend: Callable[..., Any]) -> Callable[[], object]:
+    torch._dynamo.reset()
+    double = torch.compile(lambda x: 2 * x, backend=backend)
+    return lambda: double(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        injected(torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB"),
+        injected(RuntimeError, "CUDA error: out of memory"),
+        injected(RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."),
+        injected(RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        injected(MemoryError, ""),
+        lambda: torch.empty(1 << 60, dtype=torch.uint8),  # The CPU's allocator itself.
+        wrapped,
+        compiled(injected(torch.OutOfMemoryError, "CUDA out of memory")),
+    ],
+    ids=["cuda", "driver", "cublas", "cudnn", "python", "cpu", "wrapped", "compiler"],
+)
+def test_any_way_to_be_out_of_memory_is_recognised(work):
+    assert is_out_of_memory(raised(work))
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        injected(RuntimeError, "CUDA error: an illegal memory access was encountered"),
+        injected(ValueError, "a sign that says out of memory"),
+        compiled(injected(KeyError, "an operator")),
+    ],
+    ids=["illegal access", "prompt", "compiler"],
+)
+def test_another_error_is_not_taken_for_it(work):
+    assert not is_out_of_memory(raised(work))
 
 
 def test_a_picture_that_does_not_fit_alone_is_refused_in_one_line(sd_replica):

@@ -20,7 +20,7 @@ from crdiff_core.poa import POADenoiser
 from crdiff_core.prompts import Prompt
 from crdiff_core.pruning import PrunedReplica, block_threshold, num_prunable
 from crdiff_core.ratios import GROUPS, Resolution
-from crdiff_core.replica import Replica
+from crdiff_core.replica import Replica, if_it_fits
 from crdiff_core.rewards.image_reward import Architecture, ImageReward, Network
 from tests.benchmarks.architectures import randomise
 from tests.pipelines import HIDDEN, save_sd, save_sdxl, small_unet
@@ -214,6 +214,16 @@ def test_too_little_memory_halves_the_batch_and_draws_the_same(cuda, tmp_path):
     pictures = replica.render(prompts).cpu()
     assert 1 <= replica.batch_limit < len(prompts)
     torch.testing.assert_close(pictures, expected, atol=2e-2, rtol=0)
+
+
+def test_a_lack_of_memory_is_recognised_as_cuda_and_the_compiler_report_it(cuda, compiler):
+    def huge() -> Tensor:
+        return torch.empty(1 << 45, device=cuda)
+
+    assert if_it_fits(huge) is None
+    ones = torch.ones(1 << 20, 1, device=cuda)
+    outer = torch.compile(lambda x: (x + x.T).cos())  # 4 TiB
+    assert if_it_fits(lambda: outer(ones)) is None
 
 
 def test_a_replica_takes_the_memory_of_its_prunable_weights(cuda):

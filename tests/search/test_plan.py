@@ -1,5 +1,7 @@
 """A plan: which prompts, seeds and options the settings come to."""
 
+import hashlib
+
 import pytest
 
 from crdiff_core.evaluation import Measurement
@@ -64,6 +66,36 @@ def test_prompts_of_a_file_may_be_repeated(tmp_path):
 
     assert (
         sorted(prompt.text for prompt in sets["search"].prompts) == ["a cat"] * 2 + ["a dog"] * 2
+    )
+
+
+@pytest.fixture
+def image_reward(tmp_path):
+    """Settings of an ImageReward whose files are there: a plan only asks which they are."""
+    (tmp_path / "ImageReward.pt").write_bytes(b"weights")
+    (tmp_path / "vocab.txt").write_bytes(b"words")
+    path, tokenizer = tmp_path / "ImageReward.pt", tmp_path
+    return ("reward=image_reward", f"reward.path='{path}'", f"reward.tokenizer='{tokenizer}'")
+
+
+def test_what_of_a_picture_the_reward_sees_is_part_of_every_key(tmp_path, image_reward):
+    squashed = plan(tmp_path, *image_reward)
+    cropped = plan(tmp_path, *image_reward, "reward.resize=none")
+
+    assert squashed.key != cropped.key
+    keys = {each.recipe.key(BlockRatios(0.1, 0.2, 0.3)) for each in (squashed, cropped)}
+    assert len(keys) == 2
+
+
+def test_without_a_resize_the_reward_is_that_of_ledgers_from_before_there_was_one(
+    tmp_path, image_reward
+):
+    recipe = plan(tmp_path, *image_reward, "reward.resize=none").recipe
+    weights, words = (hashlib.sha256(each).hexdigest() for each in (b"weights", b"words"))
+
+    assert (recipe.reward, recipe.reward_version) == (
+        "image_reward",
+        f"v1.0-{weights[:12]}-{words[:8]}",
     )
 
 
