@@ -127,7 +127,9 @@ class Surrogate:
         """
         places, values = np.array(points), np.array(rewards)
         values = values - np.median(values)
-        unit = values.max() or 1.0
+        unit, depth = values.max(), np.abs(values).max()
+        if unit <= np.finfo(float).eps * depth:  # Rounding is no hill.
+            unit = depth or 1.0
         values = np.maximum(values / unit, LOWEST)
         variances = np.zeros(len(values)) if errors is None else (np.array(errors) / unit) ** 2
         distances = _distances(places, places)

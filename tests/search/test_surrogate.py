@@ -72,6 +72,18 @@ def test_equal_rewards_and_equal_points_are_no_trouble():
     assert np.isfinite(bounds).all()
 
 
+def test_a_hill_as_small_as_rounding_is_none():
+    points = [[0.1], [0.5], [0.9]]
+    flat = Surrogate.fit(points, [0.0, 0.0, -1.0])
+    hill = Surrogate.fit(points, [0.0, 5e-324, -1.0])
+    nothing_pending = np.empty((0, 1))
+
+    at = np.array([[0.3], [0.7]])
+    assert np.array_equal(
+        hill.upper_bounds(at, nothing_pending, 1.0), flat.upper_bounds(at, nothing_pending, 1.0)
+    )
+
+
 def test_a_cliff_does_not_hide_the_hill():
     points = np.vstack([POINTS, RNG.uniform(0.9, 1.0, size=(10, 3))])
     rewards = [*hill(POINTS), *([-1e6] * 10)]
