@@ -93,7 +93,8 @@ def test_the_exported_file_has_the_references_keys_and_ours(finished):
     assert provenance["validation"]["num_prompts"] == 8
     assert (provenance["num_steps"], provenance["num_evaluations"]) == (4, 4)
     assert provenance["use"]["pictures"] == num_drawn(finished.printed)
-    assert provenance["versions"]["torch"] == torch.__version__.partition("+")[0]
+    # Of a build, such as +cpu, one or the other says nothing.
+    assert provenance["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
 def test_the_exported_file_works_in_diffusers_code(finished):
