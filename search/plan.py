@@ -20,6 +20,7 @@ from search.annealing import space_filling
 from search.baselines import baseline
 from search.batching import Batching
 from search.budget import Budget
+from search.comparison import freshness
 from search.config import AnnealingSettings, Config, ConfigError
 from search.evaluation_search import EvaluationSearch
 from search.ledger import Ledger, Recipe
@@ -110,6 +111,10 @@ class Plan:
         return cls(
             config, folder, key, model, recipe, reward, prompt_sets, ledger, searcher, search
         )
+
+    def freshness(self, name: str) -> str:
+        """Say what the prompts of a set are to those that are searched with."""
+        return freshness(self.prompt_sets[name].texts, self.prompt_sets["search"].texts)
 
 
 def _native(config: Config, model: Model) -> str | None:
