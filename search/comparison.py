@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
@@ -178,13 +177,12 @@ def by_prompt(values: Sequence[float], texts: Sequence[str]) -> Array:
     Source: Cochran, Sampling Techniques (1977), section 9A; Cameron and Miller (JHR 2015), II.
     """
     found = np.array(values, dtype=float)
-    groups: dict[str, list[int]] = defaultdict(list)
-    for number, text in enumerate(texts):
-        groups[text].append(number)
-    if len(groups) == 1:
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    if len(numbers) == 1:
         return found
-    mean, share = found.mean(), len(groups) / len(found)
-    return np.array([mean + share * (found[each] - mean).sum() for each in groups.values()])
+    mean = found.mean()
+    sums = np.bincount([numbers[text] for text in texts], weights=found - mean)
+    return np.asarray(mean + len(numbers) / len(found) * sums)
 
 
 def standard_error(values: Sequence[float], texts: Sequence[str]) -> float:

@@ -148,7 +148,7 @@ def two_valued(num_texts: int, shares: Sequence[float]) -> list[Rates]:
     rates = []
     for share in shares:
         chances = 100 * binom.pmf(np.arange(num_texts + 1), num_texts, share)
-        better, worse = chances[low > share].sum(), chances[high < share].sum()
+        better, worse = (float(chances[side].sum()) for side in (low > share, high < share))
         rates.append(Rates(f"two-valued, p {share:g}", num_texts, better, worse, is_held=False))
     return rates
 
@@ -180,7 +180,7 @@ def markdown(rates: Sequence[Rates]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Simulate, print a table, write JSON; 1 if a verdict is false too often."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=20_000, help="of each (default 20,000)")
+    parser.add_argument("--trials", type=int, default=10_000, help="of each (default 10,000)")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of prompts")
     parser.add_argument("--output", type=Path, default=RESULTS / "verdicts.json")
     options = parser.parse_args(arguments)

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from search.comparison import by_prompt, compare, interval, standard_error
+from crdiff_core.ratios import BlockRatios
+from search.comparison import Comparison, by_prompt, compare, interval, standard_error
 from search.export import validated, write_ratios
+from search.grid_report import Found, Row, write_grid
 from search.run import _summary
+from search.storage import Storage
 from search.sync import _summary as note_of
 from tests.benchmarks import verdicts
 from tests.search.test_report import page_of, searched, text_of
@@ -105,7 +108,7 @@ def test_skewness_moves_the_end_that_it_makes_too_sure():
 def test_verdicts_are_false_as_rarely_as_promised():
     rates = [verdicts.simulate(data, 16, 1000) for data in verdicts.SIMULATED if data.is_held]
 
-    # Twice 1,000 trials' standard error above what 20,000 trials keep.
+    # Twice the standard error of 1,000 trials above what 10,000 keep.
     assert max(each.false for each in rates) <= verdicts.MOST + 1.4
     for num_texts in range(16, 65):
         assert verdicts.worst(verdicts.two_valued(num_texts, verdicts.SHARES)).false <= 6.0
@@ -213,3 +216,38 @@ def test_the_same_winner_again_is_no_second_validation(tmp_path):
         plan = searched(tmp_path, "budget.steps=3")
 
     assert validated(plan).num_earlier == 0
+
+
+def test_a_grid_says_that_it_holds_several_verdicts(tmp_path):
+    rows = [
+        Row("", f"shapes_{res}/annealing-seed0", "finished", found=found_with(comparison))
+        for res, comparison in (
+            ("24x40", Comparison(0.1, 0.05, 0.15, num_prompts=64, num_texts=64)),
+            ("48x48", Comparison(0.1, -0.05, 0.25, 64, 64, num_earlier=1)),
+            ("64x64", Comparison(0.2, None, None, 64, 2, is_fresh=False)),
+        )
+    ]
+    write_grid(Storage.at(tmp_path), rows, "")
+    text = (tmp_path / "grid.md").read_text()
+    page = (tmp_path / "grid_report.html").read_text()
+
+    for said in (text, page):
+        assert "This table holds 2 verdicts, each from a 95% interval of its own" in said
+        assert "Other ratios were validated on the same prompts before (1)" in said
+        assert "A verdict takes 5 prompts, and there are 2." in said
+    assert "| shapes | 64x64 | no verdict |" in text
+    assert "| none | fresh noise of the same 2 prompts (64 pictures) |" in text
+    cells = json.loads((tmp_path / "grid.json").read_text())["cells"]
+    assert [cell["comparison"]["low"] for cell in cells] == [0.05, -0.05, None]
+
+
+def found_with(comparison):
+    return Found(BlockRatios(0.4, 0.3, 0.2), 1.5, "shapes", 0.7, 0.8, comparison)
+
+
+def test_one_verdict_needs_no_note_on_many(tmp_path):
+    comparison = Comparison(0.1, 0.05, 0.15, num_prompts=64, num_texts=64)
+    row = Row("", "shapes_24x40/annealing-seed0", "finished", found=found_with(comparison))
+    write_grid(Storage.at(tmp_path), [row], "")
+
+    assert "verdicts" not in (tmp_path / "grid.md").read_text()
