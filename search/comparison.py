@@ -185,6 +185,12 @@ def by_prompt(values: Sequence[float], texts: Sequence[str]) -> Array:
     return np.asarray(mean + len(numbers) / len(found) * sums)
 
 
+def num_independent(texts: Sequence[str]) -> int:
+    """Count the prompts; of a single prompt, its noises."""
+    distinct = len(set(texts))
+    return distinct if distinct > 1 else len(texts)
+
+
 def standard_error(values: Sequence[float], texts: Sequence[str]) -> float:
     """Return the standard error of the mean over pictures; NaN for fewer than two prompts."""
     found = by_prompt(values, texts)

@@ -205,7 +205,10 @@ def _key(config: Config, recipe: Recipe, prompt_sets: dict[str, PromptSet]) -> s
         "recipe": {k: v for k, v in asdict(recipe).items() if k != "drawn_at"},
         "searcher": config.searcher.model_dump(mode="json", exclude={"speculation"}),
         "space": config.space.bounds,
-        "racing": config.racing.model_dump(mode="json") if config.racing.name == "on" else None,
+        # Which bound, too: another one stops other evaluations.
+        "racing": {**config.racing.model_dump(mode="json"), "bound": "betting"}
+        if config.racing.name == "on"
+        else None,
         "seed": config.seed,
         "prompts": {name: prompts.digest for name, prompts in prompt_sets.items()},
         "rerank": config.rerank.model_dump(mode="json"),

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,12 +10,15 @@ import pytest
 
 from crdiff_core.ratios import BlockRatios
 from search.comparison import Comparison, by_prompt, compare, interval, standard_error
+from search.estimate import Estimate
 from search.export import validated, write_ratios
 from search.grid_report import Found, Row, write_grid
+from search.plan import Plan
 from search.run import _summary
 from search.storage import Storage
 from search.sync import _summary as note_of
 from tests.benchmarks import verdicts
+from tests.conf.test_config import composed
 from tests.search.test_report import page_of, searched, text_of
 
 
@@ -251,3 +255,21 @@ def test_one_verdict_needs_no_note_on_many(tmp_path):
     write_grid(Storage.at(tmp_path), [row], "")
 
     assert "verdicts" not in (tmp_path / "grid.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("prompts=reference",), "it takes 5 validation prompts (of one prompt, noises), and"),
+        (("prompts.text=two red squares", "prompts.validation=4"), "these settings give 4"),
+        (("prompts.text=two red squares", "prompts.validation=5"), None),
+        (("prompts.validation=5",), None),
+    ],
+)
+def test_the_dry_run_says_when_there_will_be_no_verdict(tmp_path, any_prompt, arguments, line):
+    plan = Plan.make(composed(f"output={tmp_path}", *arguments))
+    figures = {field.name: 1 for field in fields(Estimate)} | {"plan": plan, "device": "cpu"}
+    told = [each for each in Estimate(**figures).lines() if each.startswith("verdict")]
+
+    assert len(told) == (line is not None)
+    assert all(line in each for each in told)
