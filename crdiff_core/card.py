@@ -24,17 +24,16 @@ RATIOS_NAME = "best_ratios.json"
 
 _LONGEST = 200
 _VERDICTS = {
-    "better": "**Better than the dense model**: {0} in mean reward on {1} fresh prompts, which "
-    "neither the search nor the choice of the winner saw.",
-    "worse": "**Worse than the dense model**: {0} in mean reward on {1} fresh prompts, which "
-    "neither the search nor the choice of the winner saw. These ratios are no improvement.",
-    "no difference shown": "**No difference shown** between these ratios and the dense model: {0} "
-    "in mean reward on {1} fresh prompts, which neither the search nor the choice of the winner "
-    "saw. By this search there is no reason to prune.",
+    "better": "**Better than the dense model** in mean reward: {0}.",
+    "worse": "**Worse than the dense model** in mean reward: {0}. These ratios are no "
+    "improvement.",
+    "no difference shown": "**No difference shown** between these ratios and the dense model in "
+    "mean reward: {0}. By this search there is no reason to prune.",
+    "no verdict": "**No verdict** on these ratios against the dense model in mean reward: {0}.",
 }
 _NOT_VALIDATED = (
-    "**Not validated**: these ratios were not compared with the dense model on fresh prompts, so "
-    "nothing here says that they improve on it."
+    "**Not validated**: these ratios were not compared with the dense model on pictures by which "
+    "nothing was chosen, so nothing here says that they improve on it."
 )
 _CITATION = """\
     @misc{ren2026crdiff, title={Cross-Resolution Diffusion Models via Network Pruning},
@@ -107,13 +106,11 @@ The file has the keys of the paper's reference implementation, whose scripts rea
 
 def _verdict(file: RatiosFile) -> str:
     found = _mapping(file.provenance, "validation")
-    numbers = [found.get(name) for name in ("difference", "low", "high", "num_prompts")]
     sentence = _VERDICTS.get(str(found.get("verdict")))
-    if sentence is None or not all(is_number(number) for number in numbers):
+    summary, note = (_escaped(str(found.get(name) or "")) for name in ("summary", "note"))
+    if sentence is None or not summary:
         return _NOT_VALIDATED
-    difference, low, high, num_prompts = numbers
-    interval = f"{difference:+.4f}, 95% interval [{low:+.4f}, {high:+.4f}],"
-    return sentence.format(interval, num_prompts)
+    return f"{sentence.format(summary)} {note}".strip()
 
 
 def _ratios_table(file: RatiosFile) -> str:

@@ -56,6 +56,11 @@ class PromptSet:
         return len(self.prompts)
 
     @property
+    def texts(self) -> list[str]:
+        """The prompts' texts, in order."""
+        return [prompt.text for prompt in self.prompts]
+
+    @property
     def digest(self) -> str:
         """A SHA-256 of texts and seeds, in order."""
         lines = "\n".join(f"{prompt.seed} {prompt.text}" for prompt in self.prompts)

@@ -29,9 +29,9 @@ _STAR = {
 
 
 def gains(comparison: Comparison, differences: Sequence[tuple[str, float]]) -> Figure:
-    """Draw the paired differences in reward, sorted, with their mean and its interval.
+    """Draw the paired differences in reward, sorted, with their mean and its interval if any.
 
-    differences: what is shown of each prompt, escaped for HTML, and its CR-Diff - dense.
+    differences: what is shown of each picture's prompt, escaped for HTML, and its CR-Diff - dense.
     """
     ordered = sorted(differences, key=lambda each: each[1])
     values = [value for _, value in ordered]
@@ -45,16 +45,17 @@ def gains(comparison: Comparison, differences: Sequence[tuple[str, float]]) -> F
             hovertemplate="%{y:+.4f}<br>%{customdata}<extra></extra>",
         )
     )
-    figure.add_hrect(
-        comparison.low,
-        comparison.high,
-        fillcolor=_PLAIN,
-        opacity=0.35,
-        line_width=0,
-        layer="below",
-    )
+    if comparison.low is not None:
+        figure.add_hrect(
+            comparison.low,
+            comparison.high,
+            fillcolor=_PLAIN,
+            opacity=0.35,
+            line_width=0,
+            layer="below",
+        )
     figure.add_hline(comparison.difference, line={"color": _PLAIN, "width": 2, "dash": "dash"})
-    return _laid_out(figure, "prompts, sorted", "reward, CR-Diff - dense", bargap=0)
+    return _laid_out(figure, "pairs of pictures, sorted", "reward, CR-Diff - dense", bargap=0)
 
 
 def history(steps: Sequence[Step], dense: float | None) -> Figure:

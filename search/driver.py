@@ -48,7 +48,8 @@ class Outcome:
                   written.
     winner:       its evaluation on the search prompts; dense: the dense model's.
     comparison:   of the two on the validation prompts; None if that evaluation failed.
-    num_reranked: how many of the best were compared on fresh prompts; the winner won there.
+    num_reranked: how many of the best were compared again; the winner won there.
+    reranked_on:  what they were compared on, such as fresh prompts.
     num_steps:    taken; num_lost: of them those that lost their race.
     num_warm:     evaluations of other searches that this one began with.
     num_drawn:    pictures drawn in this run; 0 when the ledger knew them all.
@@ -64,6 +65,7 @@ class Outcome:
     dense: Evaluation
     comparison: Comparison | None
     num_reranked: int
+    reranked_on: str
     num_steps: int
     num_lost: int
     num_warm: int
@@ -139,6 +141,7 @@ def _run(plan: Plan, command: str, progress: Progress, cluster: ClusterSettings)
         dense,
         validated(plan),
         num_reranked=sum(evaluation.kind == "rerank" for evaluation in search.evaluations),
+        reranked_on=plan.freshness("rerank"),
         num_steps=search.num_steps,
         num_lost=sum(step.lost_race for step in search.steps),
         num_warm=len(search.warm_start),

@@ -12,6 +12,7 @@ from crdiff_core.errors import ModelError
 from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import GROUPS, BlockRatios
 from search.batching import MAX_BATCH
+from search.comparison import FEWEST, num_independent
 from search.config import AnnealingSettings, ConfigError
 from search.evaluations import NUM_KEPT
 from search.plan import Plan
@@ -95,6 +96,12 @@ class Estimate:
             lines.append("price      unknown: this machine has no GPU to time a trial on")
         elif price is not None:
             lines.append(f"price      about {self.hours * price:.2f}, at {price:g} a GPU hour")
+        num = num_independent(plan.prompt_sets["validation"].texts)
+        if num < FEWEST:
+            lines.append(
+                f"verdict    none: it takes {FEWEST} validation prompts (of one prompt, noises), "
+                f"and these settings give {num}"
+            )
         return [*lines, "Nothing was searched: leave out dry_run=true to start."]
 
 

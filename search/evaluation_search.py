@@ -613,7 +613,9 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         best = max(complete, key=lambda e: e.mean, default=None)
         if best is None:
             return
-        lost = race.lost(rewards, Expectation.of_incumbent(best.rewards), best.mean)
+        highest = max(max(evaluation.rewards) for evaluation in complete)
+        expectation = replace(Expectation.of_incumbent(best.rewards), highest=highest)
+        lost = race.lost(rewards, expectation, best.mean)
         if lost is not None:
             self._close(evaluation, is_stopped=True, estimate=lost.mean)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from crdiff_core.prompts import PromptSet
 from crdiff_core.ratios import BlockRatios, Group
 from search.batching import Batching
+from search.comparison import standard_error
 from search.ledger import STAGES, Ledger, Recipe
 from search.pictures import Pictures
 from search.space import Candidate
@@ -83,9 +84,9 @@ class Evaluation:
     @property
     def standard_error(self) -> float:
         """Standard error of the mean over prompts; NaN for fewer than two."""
-        if len(self.rewards) < 2 or not self.is_complete:
+        if not self.is_complete:
             return math.nan
-        return statistics.stdev(self.rewards) / math.sqrt(len(self.rewards))
+        return standard_error(self.rewards, self.prompts.texts)
 
 
 @dataclass(eq=False)

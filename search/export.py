@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from crdiff_core.errors import CRDiffError
 from crdiff_core.models import Model
-from crdiff_core.ratios import GROUPS, RatiosFile
+from crdiff_core.prompts import Prompt
+from crdiff_core.ratios import GROUPS, BlockRatios, RatiosFile
 from search.comparison import Comparison, compare
 from search.config import Config, ConfigError
 from search.evaluations import Evaluation
@@ -35,7 +36,42 @@ def validated(plan: Plan) -> Comparison | None:
     winner, dense = plan.search.of("validation"), plan.search.of("dense validation")
     if winner is None or dense is None or winner.failure or dense.failure:
         return None
-    return compare(winner.rewards, dense.rewards)
+    chosen_by = [each for name, each in plan.prompt_sets.items() if name != "validation"]
+    return compare(
+        winner.rewards,
+        dense.rewards,
+        winner.prompts.texts,
+        searched={text for prompts in chosen_by for text in prompts.texts},
+        num_earlier=_num_earlier(plan, winner),
+    )
+
+
+def _num_earlier(plan: Plan, winner: Evaluation) -> int:
+    """Count other ratios that the ledger has on all of these prompts since before the winner.
+
+    They are earlier winners, of this search with fewer steps or of others of its cell. Theirs are
+    also the pictures of the pruned model alone; the dense model's are nobody's.
+    """
+    first = min(_measured_at(plan, winner.key, winner.prompts.prompts), default=math.inf)
+    earlier: set[BlockRatios] = set()
+    for key, candidate in plan.ledger.candidates.items():
+        if candidate.ratios.is_dense or candidate.ratios in earlier | {winner.ratios}:
+            continue
+        measured_at = _measured_at(plan, key, winner.prompts.prompts)
+        if len(measured_at) == len(winner.prompts) and max(measured_at) <= first:
+            earlier.add(candidate.ratios)
+    return len(earlier)
+
+
+def _measured_at(plan: Plan, key: str, prompts: Sequence[Prompt]) -> list[float]:
+    """Return when each prompt was measured under a key, up to the first that was not."""
+    found = []
+    for prompt in prompts:
+        entry = plan.ledger.get(key, prompt)
+        if entry is None or entry.reward is None:
+            break
+        found.append(entry.measured_at)
+    return found
 
 
 def write_ratios(plan: Plan) -> Storage:
@@ -90,9 +126,7 @@ def _provenance(plan: Plan, winner: Evaluation) -> dict[str, Any]:
         "num_failed": sum(e.failure is not None for e in searched.values()),
         "dense_score": dense.mean if dense else None,
         "rerank_score": reranked.mean if reranked and not reranked.failure else None,
-        "validation": {**asdict(comparison), "verdict": comparison.verdict}
-        if comparison
-        else None,
+        "validation": comparison.as_dict() if comparison else None,
         # What it took, which depends on the workers.
         "use": {name: round(value, 6) for name, value in asdict(use).items()},
         "versions": {package: version(package) for package in PACKAGES},

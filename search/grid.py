@@ -360,7 +360,7 @@ def _search(cell: Cell, cluster: ClusterSettings) -> None:
     comparison = outcome.comparison
     verdict = "not validated"
     if comparison is not None:
-        verdict = f"{comparison.verdict}, {comparison.difference:+.4f} against dense"
+        verdict = f"{comparison.verdict}, {comparison.summary}"
     console.print(f"{verdict}, at {outcome.winner.ratios}", markup=False)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
@@ -127,7 +127,7 @@ class Row:
             "reward": found.reward if found else None,
             "dense": found.dense if found else None,
             "cr_diff": found.cr_diff if found else None,
-            "comparison": asdict(found.comparison) if found and found.comparison else None,
+            "comparison": found.comparison.as_dict() if found and found.comparison else None,
             "num_pictures": self.num_pictures,
             "paper": {
                 "ratios": paper.ratios.as_dict(),
@@ -274,7 +274,15 @@ class Table(NamedTuple):
 _RATIOS_HEAD = ("Model", "Resolution", "r_down", "r_mid", "r_up", "k", "paper: down / mid / up")
 _REWARDS_HEAD = (
     *("Model", "Resolution", "Verdict", "Reward", "Dense", "CR-Diff", "Difference"),
-    *("95% interval", "k", "paper: dense", "paper: pruned", "paper: CR-Diff", "paper: difference"),
+    *(
+        "95% interval",
+        "On",
+        "k",
+        "paper: dense",
+        "paper: pruned",
+        "paper: CR-Diff",
+        "paper: difference",
+    ),
 )
 
 
@@ -296,11 +304,11 @@ def rewards_table(rows: Sequence[Row]) -> Table:
     """Return a table in the shape of the paper's table 1, its own rewards beside."""
     table = []
     for each in rows:
-        found, paper, ours = each.found, each.paper, [""] * 4
+        found, paper, ours = each.found, each.paper, [""] * 5
         if found and found.comparison:
             versus = found.comparison
             ours = [f"{found.dense:.4f}", f"{found.cr_diff:.4f}", f"{versus.difference:+.4f}"]
-            ours += [f"{versus.low:+.4f} to {versus.high:+.4f}"]
+            ours += [_interval(versus), versus.sample]
         theirs = [""] * 4
         if paper:
             theirs = [f"{value:.3f}" for value in (paper.dense, paper.pruned, paper.cr_diff)]
@@ -309,6 +317,12 @@ def rewards_table(rows: Sequence[Row]) -> Table:
         reward = found.reward if found else ""
         table.append([*_first_columns(rows, each), each.verdict, reward, *ours, weight, *theirs])
     return Table.of(_REWARDS_HEAD, table)
+
+
+def _interval(comparison: Comparison) -> str:
+    if comparison.low is None or comparison.high is None:
+        return "none"
+    return f"{comparison.low:+.4f} to {comparison.high:+.4f}"
 
 
 def _first_columns(rows: Sequence[Row], each: Row) -> list[str]:
@@ -354,9 +368,18 @@ def _said(each: Row) -> str:
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     notes = [
-        "Difference: mean reward of CR-Diff - dense, paired by prompt, on validation prompts that "
-        "the search never saw. Resolutions are height x width."
+        "Difference: mean reward of CR-Diff - dense, paired by prompt and noise, on validation "
+        "pictures by which nothing was chosen. Resolutions are height x width."
     ]
+    versus = {e.name: e.found.comparison for e in rows if e.found and e.found.comparison}
+    num_verdicts = sum(each.low is not None for each in versus.values())
+    if num_verdicts > 1:
+        notes.append(
+            f"This table holds {num_verdicts} verdicts, each from a 95% interval of its own: "
+            "where no cell differs from dense, one in 20 is a verdict by chance. Do not pick the "
+            "best cell by its verdict; validate it again on other prompts (prompts.seed)."
+        )
+    notes += [f"{name}: {each.note}" for name, each in versus.items() if each.note]
     if any(each.paper for each in rows):
         notes.append(PAPER_NOTE)
     if any(each.started_there and each.found for each in rows):
@@ -391,6 +414,7 @@ _VERDICTS: Mapping[str, str] = {
     "better": "better",
     "no difference shown": "neutral",
     "worse": "worse",
+    "no verdict": "neutral",
     "not validated": "neutral",
     "failed": "worse",
     "unfinished": "neutral",
@@ -408,10 +432,11 @@ def _differences(rows: Sequence[Row]) -> Markup | str:
         Scatter(
             x=[each.difference for each in versus],
             y=[each.name for each in compared],
+            # Where there is no interval, there is the point alone.
             error_x={
                 "type": "data",
-                "array": [each.high - each.difference for each in versus],
-                "arrayminus": [each.difference - each.low for each in versus],
+                "array": [0 if e.high is None else e.high - e.difference for e in versus],
+                "arrayminus": [0 if e.low is None else e.difference - e.low for e in versus],
             },
             mode="markers",
             marker={"color": _OURS, "size": 9},

@@ -20,6 +20,7 @@ from search.annealing import space_filling
 from search.baselines import baseline
 from search.batching import Batching
 from search.budget import Budget
+from search.comparison import freshness
 from search.config import AnnealingSettings, Config, ConfigError
 from search.evaluation_search import EvaluationSearch
 from search.ledger import Ledger, Recipe
@@ -111,6 +112,10 @@ class Plan:
             config, folder, key, model, recipe, reward, prompt_sets, ledger, searcher, search
         )
 
+    def freshness(self, name: str) -> str:
+        """Say what the prompts of a set are to those that are searched with."""
+        return freshness(self.prompt_sets[name].texts, self.prompt_sets["search"].texts)
+
 
 def _native(config: Config, model: Model) -> str | None:
     """Return the size of the model's own area that a user would draw at and resize; None: none."""
@@ -201,7 +206,10 @@ def _key(config: Config, recipe: Recipe, prompt_sets: dict[str, PromptSet]) -> s
         "recipe": {k: v for k, v in asdict(recipe).items() if k != "drawn_at" and v is not None},
         "searcher": config.searcher.model_dump(mode="json", exclude={"speculation"}),
         "space": config.space.bounds,
-        "racing": config.racing.model_dump(mode="json") if config.racing.name == "on" else None,
+        # Which bound, too: another one stops other evaluations.
+        "racing": {**config.racing.model_dump(mode="json"), "bound": "betting"}
+        if config.racing.name == "on"
+        else None,
         "seed": config.seed,
         "prompts": {name: prompts.digest for name, prompts in prompt_sets.items()},
         "rerank": config.rerank.model_dump(mode="json"),

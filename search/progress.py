@@ -61,8 +61,8 @@ class Standing:
         if dense is not None and dense.failure is not None:
             dense = None
         comparison = None
-        if best is not None and dense is not None and len(dense.rewards) > 1:
-            comparison = compare(best.rewards, dense.rewards)
+        if best is not None and dense is not None:
+            comparison = compare(best.rewards, dense.rewards, best.prompts.texts)
         failures = [each.failure for each in search.evaluations if each.failure is not None]
         use, num_coming = search.use, search.num_coming
         return cls(
@@ -195,18 +195,8 @@ class Progress:
         name = "so far" if now.best is None else "best"
         yield name, Text(_standing(now).removeprefix("best "))
         if now.comparison is not None:
-            difference, low, high = (
-                now.comparison.difference,
-                now.comparison.low,
-                now.comparison.high,
-            )
-            yield (
-                "difference",
-                Text(
-                    f"{difference:+.4f}, 95% interval [{low:+.4f}, {high:+.4f}], on the search "
-                    "prompts, which flatter the best"
-                ),
-            )
+            figures = now.comparison.figures
+            yield "difference", Text(f"{figures}, on the search prompts, which flatter the best")
         pace = self._pace
         yield (
             "workers",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import statistics
 import sys
@@ -19,9 +18,8 @@ from markupsafe import Markup
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
 from crdiff_core.errors import CRDiffError
-from crdiff_core.prompts import Prompt
 from search import charts
-from search.comparison import Comparison, telling
+from search.comparison import EQUAL, Comparison, shortened, standard_error, telling
 from search.config import ConfigError
 from search.evaluations import Evaluation
 from search.export import PACKAGES, load_plan, source_of, validated
@@ -35,9 +33,6 @@ from search.storage import Storage
 
 # Fewer evaluations say nothing of which ratio matters.
 _ENOUGH = 10
-# A reward as close as this to another is the same.
-_EQUAL = 1e-9
-_PROMPT_LENGTH = 60
 
 
 def write_report(plan: Plan) -> Storage:
@@ -66,6 +61,7 @@ def _content(plan: Plan) -> dict[str, object]:
         "keeps_pictures": plan.config.report.pictures > 0,
         "validation": None if comparison is None else _validation(plan, comparison),
         "reranked": _reranked(plan),
+        "reranked_on": plan.freshness("rerank"),
         "history": _history(plan),
         "num_steps": search.num_steps,
         "notes": _notes(plan),
@@ -96,6 +92,7 @@ _HEADLINES = {
     "better": ("Better: CR-Diff with these ratios beats the dense model", "better"),
     "no difference shown": ("No difference shown: this search is no reason to prune", "neutral"),
     "worse": ("Worse: draw with the dense model, not with these ratios", "worse"),
+    "no verdict": ("No verdict: this search is no reason to prune", "neutral"),
 }
 
 
@@ -124,9 +121,8 @@ def _verdict(plan: Plan, comparison: Comparison | None) -> Verdict:
         )
     return Verdict(
         *_HEADLINES[comparison.verdict],
-        f"On {comparison.num_prompts} fresh prompts, by which nothing was chosen, the mean reward "
-        f"of CR-Diff minus that of the dense model is {comparison.difference:+.4f}, 95% interval "
-        f"[{comparison.low:+.4f}, {comparison.high:+.4f}].",
+        f"On {comparison.sample}, by which nothing was chosen, the mean reward of CR-Diff minus "
+        f"that of the dense model is {comparison.figures}. {comparison.note}".strip(),
     )
 
 
@@ -174,35 +170,30 @@ def _scores(plan: Plan, comparison: Comparison | None) -> list[tuple[str, float,
 
 
 def _validation(plan: Plan, comparison: Comparison) -> dict[str, object]:
-    """Return how many prompts were won and lost, and by how much each."""
+    """Return how many pairs of pictures were won and lost, and by how much each."""
     winner, dense = plan.search.of("validation"), plan.search.of("dense validation")
     assert winner is not None
     assert dense is not None
     gains = [a - b for a, b in zip(winner.rewards, dense.rewards, strict=True)]
-    names = [_shortened(prompt) for prompt in winner.prompts.prompts]
-    num_won, num_lost = (sum(sign * gain > _EQUAL for gain in gains) for sign in (1, -1))
+    # Charts take HTML for what it says.
+    names = [escape(shortened(text)) for text in winner.prompts.texts]
+    num_won, num_lost = (sum(sign * gain > EQUAL for gain in gains) for sign in (1, -1))
     return {
         "comparison": comparison,
-        "paired_error": statistics.stdev(gains) / math.sqrt(len(gains)),
+        "paired_error": standard_error(gains, winner.prompts.texts),
         "num_won": num_won,
         "num_lost": num_lost,
         "num_equal": len(gains) - num_won - num_lost,
         "chart": chart(
             charts.gains(comparison, list(zip(names, gains, strict=True))),
-            f"Differences in reward of {len(gains)} prompts, sorted: {num_won} won, "
+            f"Differences in reward of {len(gains)} pairs of pictures, sorted: {num_won} won, "
             f"{num_lost} lost",
         ),
     }
 
 
-def _shortened(prompt: Prompt) -> str:
-    text = prompt.text
-    short = text if len(text) <= _PROMPT_LENGTH else f"{text[: _PROMPT_LENGTH - 3]}..."
-    return escape(short)  # Charts take HTML for what it says.
-
-
 def _reranked(plan: Plan) -> list[dict[str, object]]:
-    """Return the best few of the search, with their rewards there and on fresh prompts."""
+    """Return the best few of the search, with their rewards there and when drawn again."""
     search = plan.search
     searched = {evaluation.key: evaluation for evaluation in search.candidates}
     return [

@@ -190,11 +190,7 @@ def _summary(outcome: Outcome) -> list[str]:
     if comparison is None:
         verdict = "not validated: a validation evaluation failed; see the ledger"
     else:
-        verdict = (
-            f"{comparison.verdict}: {comparison.difference:+.4f}, 95% interval "
-            f"[{comparison.low:+.4f}, {comparison.high:+.4f}], on {comparison.num_prompts} fresh "
-            "prompts"
-        )
+        verdict = f"{comparison.verdict}: {comparison.summary}"
     drawn = (
         f"{outcome.num_drawn} pictures drawn in this run"
         if outcome.num_drawn
@@ -203,6 +199,7 @@ def _summary(outcome: Outcome) -> list[str]:
     lines = [
         "",
         f"against dense   {verdict}",
+        *([f"                {comparison.note}"] if comparison and comparison.note else []),
         f"best ratios     {winner.ratios}  (down / mid / up){_weight(outcome)}{_chosen(outcome)}",
         f"search prompts  {winner.mean:.4f}, dense {dense.mean:.4f}, on {len(winner.prompts)}",
         f"steps           {_steps(outcome)}",
@@ -250,7 +247,7 @@ def _chosen(outcome: Outcome) -> str:
     """Say why the winner is not the best of the search, where it is not."""
     if outcome.num_reranked < 2:
         return ""
-    return f", the best of {outcome.num_reranked} on fresh prompts"
+    return f", the best of {outcome.num_reranked} on {outcome.reranked_on}"
 
 
 def _search(config: Config, console: Console) -> list[str]:
@@ -337,7 +334,7 @@ def main() -> int:
         if is_grid:
             return _grid(searches, console, is_verbose)
         for line in _estimate(config) if config.dry_run else _search(config, console):
-            console.print(line)
+            console.print(line, markup=False)
     except (HydraException, OmegaConfBaseException, CRDiffError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2

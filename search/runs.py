@@ -115,7 +115,7 @@ class Run:
             max_steps=config.budget.steps,
             ratios=standing.ratios,
             poa_weight=standing.poa_weight,
-            comparison=provenance.comparison if provenance and is_finished else None,
+            comparison=provenance.validation if provenance and is_finished else None,
             num_pictures=standing.num_pictures,
             failure=standing.failure if state == "failed" else None,
             touched_at=max(files.values()),
@@ -130,8 +130,7 @@ class Run:
     def as_dict(self) -> dict[str, Any]:
         """Return what --json prints."""
         raw = asdict(self)
-        if self.comparison is not None:
-            raw["comparison"]["verdict"] = self.comparison.verdict
+        raw["comparison"] = self.comparison.as_dict() if self.comparison else None
         raw["touched_at"] = datetime.fromtimestamp(self.touched_at, UTC).isoformat(
             timespec="seconds"
         )
@@ -191,21 +190,10 @@ class _Ratios(BaseModel):
     up_ratio: float
 
 
-class _Validation(BaseModel):
-    difference: float
-    low: float
-    high: float
-    num_prompts: int
-
-
 class _Provenance(BaseModel):
     num_steps: int
     use: dict[str, float]
-    validation: _Validation | None
-
-    @property
-    def comparison(self) -> Comparison | None:
-        return None if self.validation is None else Comparison(**self.validation.model_dump())
+    validation: Comparison | None
 
 
 class _Best(_File):
@@ -263,8 +251,8 @@ def _result(run: Run) -> list[str]:
         is_over = run.state == "finished"
         return [ratios, "not validated" if is_over else "so far, not validated"]
     found = run.comparison
-    interval = f"{found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
-    return [ratios, found.verdict, interval]
+    interval = "" if found.low is None else f" [{found.low:+.4f}, {found.high:+.4f}]"
+    return [ratios, found.verdict, f"{found.difference:+.4f}{interval}"]
 
 
 def _steps(run: Run) -> str:

@@ -350,7 +350,8 @@ class AnnealingSearch(Searcher):  # type: ignore[misc]
                 if each.reward is not None and (each.point, each.reward) in self._rows
             }
             self._expectations[key] = Expectation(
-                *expect_rewards(behind, incumbent, point, self._bounds)
+                *expect_rewards(behind, incumbent, point, self._bounds),
+                highest=max(max(rewards) for rewards in (incumbent, *behind.values())),
             )
         return self._expectations[key]
 

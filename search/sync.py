@@ -7,6 +7,7 @@ import getpass
 import io
 import logging
 import math
+import re
 import shlex
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ from crdiff_core.errors import CRDiffError
 from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import GROUPS
 from crdiff_core.sheet import Row, legible_zoom
+from search.comparison import standard_error
 from search.config import ConfigError
 from search.evaluation_search import Step
 from search.evaluations import Evaluation, Kind
@@ -120,8 +122,8 @@ class TrackedSearch:
             for prompt, reward in zip(prompts, evaluation.rewards, strict=True)
         ]
         found = {"difference_to_dense": statistics.fmean(gains)}
-        if len(gains) > 1:
-            error = statistics.stdev(gains) / math.sqrt(len(gains))
+        error = standard_error(gains, evaluation.prompts.texts)
+        if not math.isnan(error):
             found["difference_to_dense_standard_error"] = error
         return found
 
@@ -187,11 +189,9 @@ class TrackedSearch:
         if plan.search.failure:
             tags["failure"] = plan.search.failure
         if comparison is not None:
-            metrics = {
-                "result/difference": comparison.difference,
-                "result/low": comparison.low,
-                "result/high": comparison.high,
-            }
+            metrics = {"result/difference": comparison.difference}
+            if comparison.low is not None and comparison.high is not None:
+                metrics |= {"result/low": comparison.low, "result/high": comparison.high}
             tags["verdict"] = comparison.verdict
         if winner is not None:
             metrics |= {f"result/ratio_{group}": winner.ratios[group] for group in GROUPS}
@@ -309,15 +309,19 @@ def _summary(plan: Plan) -> str:
     command += ["--model", plan.config.model.path] if plan.config.model.path else []
     return "\n\n".join(
         [
-            f"**Against dense: {comparison.verdict}.** {comparison.difference:+.4f}, 95% interval "
-            f"[{comparison.low:+.4f}, {comparison.high:+.4f}], on {comparison.num_prompts} fresh "
-            "prompts.",
+            f"**Against dense: {comparison.verdict}.** "
+            + _plain(f"{comparison.summary}. {comparison.note}".strip()),
             f"Best ratios **{winner.ratios}** (down / mid / up), poa_weight "
             f"{winner.candidate.poa_weight:g}. To draw with them, take {RATIOS_FILE} from the "
             "artifacts:",
             f"```\n{shlex.join(command)} --prompt TEXT\n```",
         ]
     )
+
+
+def _plain(text: str) -> str:
+    """Return a text for Markdown in which nothing of it is markup."""
+    return re.sub(r"([\\`*_{}\[\]<>()#!|~&])", r"\\\1", text)
 
 
 def _experiment(plan: Plan) -> Experiment:

@@ -11,7 +11,11 @@ from PIL import Image
 from crdiff_core import card
 from crdiff_core.ratios import BlockRatios, RatiosFile, Resolution
 
-VALIDATION = {"difference": -0.0152, "low": -0.0325, "high": 0.0021, "num_prompts": 256}
+VALIDATION = {
+    "verdict": "no difference shown",
+    "summary": "-0.0152, 95% interval [-0.0325, +0.0021], on 256 fresh prompts",
+    "note": "",
+}
 PROVENANCE = {
     "recipe": {
         "dtype": "float16",
@@ -29,7 +33,7 @@ PROVENANCE = {
     "prompts": {"search": {"digest": "0123456789abcdef0123", "num_prompts": 32}},
     "num_evaluations": 60,
     "dense_score": 0.825,
-    "validation": {**VALIDATION, "verdict": "no difference shown"},
+    "validation": VALIDATION,
 }
 
 
@@ -101,23 +105,29 @@ def test_a_model_that_is_not_on_the_hub_is_no_base_model(source):
     ("validation", "start"),
     [
         (
-            {**VALIDATION, "verdict": "no difference shown"},
-            "**No difference shown** between these ratios and the dense model: -0.0152, "
-            "95% interval [-0.0325, +0.0021], in mean reward on 256 fresh prompts",
+            VALIDATION,
+            "**No difference shown** between these ratios and the dense model in mean reward: "
+            "-0.0152, 95% interval \\[-0.0325, +0.0021\\], on 256 fresh prompts.",
         ),
         (
-            {**VALIDATION, "difference": 0.03, "low": 0.01, "high": 0.05, "verdict": "better"},
-            "**Better than the dense model**: +0.0300, 95% interval [+0.0100, +0.0500], in mean",
+            {**VALIDATION, "verdict": "better", "note": "A note."},
+            "**Better than the dense model** in mean reward: -0.0152, 95% interval "
+            "\\[-0.0325, +0.0021\\], on 256 fresh prompts. A note.",
         ),
         (
-            {**VALIDATION, "high": -0.002, "verdict": "worse"},
-            "**Worse than the dense model**: -0.0152, 95% interval [-0.0325, -0.0020], in mean",
+            {**VALIDATION, "verdict": "worse"},
+            "**Worse than the dense model** in mean reward: -0.0152,",
+        ),
+        (
+            {"verdict": "no verdict", "summary": "+0.1, on *[x](y)*", "note": "Too few."},
+            "**No verdict** on these ratios against the dense model in mean reward: +0.1, on "
+            "\\*\\[x\\]\\(y\\)\\*. Too few.",
         ),
         (None, "**Not validated**: these ratios were not compared"),
         ({"verdict": "better"}, "**Not validated**"),
         ({**VALIDATION, "verdict": "wonderful"}, "**Not validated**"),
     ],
-    ids=["no difference", "better", "worse", "failed", "no numbers", "unknown"],
+    ids=["no difference", "better", "worse", "no verdict", "failed", "no numbers", "unknown"],
 )
 def test_the_verdict_comes_first(validation, start):
     paragraphs = ModelCard(card.model_card(ratios_file(validation=validation))).text.split("\n\n")

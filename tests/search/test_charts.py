@@ -62,7 +62,7 @@ def named(figure, name):
 
 # --- gains -----------------------------------------------------------------------------------
 
-COMPARISON = Comparison(0.04, -0.2, 0.3, 5)
+COMPARISON = Comparison(0.04, -0.2, 0.3, num_prompts=5, num_texts=5)
 DIFFERENCES = [("a", 0.2), ("b", -0.1), ("c", 0.0), ("d", 0.4), ("e", -0.3)]
 
 

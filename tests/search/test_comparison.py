@@ -16,11 +16,12 @@ DIFFERENCES = st.lists(st.floats(-2, 2), min_size=16, max_size=40)
 
 def compared(differences, level=0.0):
     """Compare rewards that differ so much from those of a dense model, which are all equal."""
-    return compare([level + each for each in differences], [level] * len(differences))
+    texts = [f"prompt {number}" for number in range(len(differences))]
+    return compare([level + each for each in differences], [level] * len(differences), texts)
 
 
 def between(low, high):
-    return Comparison((low + high) / 2, low, high, 20)
+    return Comparison((low + high) / 2, low, high, num_prompts=20, num_texts=20)
 
 
 def students(differences):
@@ -91,7 +92,7 @@ def test_equal_rewards_are_neither_better_nor_worse():
 
 def test_evaluations_on_different_numbers_of_prompts_are_not_compared():
     with pytest.raises(ValueError, match=r"zip\(\) argument 2 is longer"):
-        compare([0.5] * 16, [0.5] * 17)
+        compare([0.5] * 16, [0.5] * 17, ["a cat"] * 16)
 
 
 # --- which prompts are shown -----------------------------------------------------------------

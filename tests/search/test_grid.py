@@ -158,7 +158,8 @@ BETTER = Row(
     status="finished",
     command="python -m search.run model=sdxl res=480x360",
     found=Found(
-        BlockRatios(0.4, 0.3, 0.2), 1.5, "image_reward", -1.0, 0.5, Comparison(1.5, 1.2, 1.8, 64)
+        *(BlockRatios(0.4, 0.3, 0.2), 1.5, "image_reward", -1.0, 0.5),
+        Comparison(1.5, 1.2, 1.8, num_prompts=64, num_texts=64),
     ),
     paper=Paper(BlockRatios(0.434, 0.428, 0.355), -2.148, -0.516, -0.099),
     started_there=True,
@@ -196,7 +197,7 @@ def test_markdown_has_both_tables(written):
 
     assert (
         "| sdxl | 480x360 | better | image\\_reward | -1.0000 | 0.5000 | +1.5000 | "
-        "+1.2000 to +1.8000 | 1.5 | -2.148 | -0.516 | -0.099 | +2.049 |" in text
+        "+1.2000 to +1.8000 | 64 fresh prompts | 1.5 | -2.148 | -0.516 | -0.099 | +2.049 |" in text
     )
     assert "| sdxl | 480x360 | 0.400 | 0.300 | 0.200 | 1.5 | 0.434 / 0.428 / 0.355 |" in text
     assert "compare sign and size of the differences, not the rewards" in text

@@ -123,10 +123,14 @@ def test_the_verdict_comes_first_with_its_interval(found):
 @pytest.mark.parametrize(
     ("gain", "headline"),
     [
-        (lambda number: -0.5, "Worse: draw with the dense model, not with these ratios"),
+        (
+            lambda number: -0.5 - number / 100,
+            "Worse: draw with the dense model, not with these ratios",
+        ),
         (lambda number: number % 3 - 1, "No difference shown: this search is no reason to prune"),
+        (lambda number: -0.5, "No verdict: this search is no reason to prune"),
     ],
-    ids=["worse", "no difference"],
+    ids=["worse", "no difference", "no spread"],
 )
 def test_it_says_so_when_pruning_does_not_help(tmp_path, gain, headline):
     def rewards(ratios, prompt):
@@ -183,7 +187,10 @@ def test_wins_and_losses_are_counted(tmp_path):
     validation |= {prompt: number for number, prompt in enumerate(prompts[:8])}
     page = page_of(searched(tmp_path, "budget.steps=3", rewards=rewards))
 
-    assert "Of 9 validation prompts CR-Diff won 4, lost 3 and was equal on 2." in text_of(page)
+    assert (
+        "Of 9 pairs of validation pictures CR-Diff won 4, lost 3 and was equal on 2."
+        in text_of(page)
+    )
 
 
 def test_the_ratio_that_matters_is_named(found):

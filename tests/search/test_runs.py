@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from search import runs
+from search.comparison import Comparison
 from search.lease import Lease
 from search.runs import Run, main
 from search.storage import Storage, StorageError
@@ -21,7 +22,8 @@ STANDING = {
     "ratios": [0.1, 0.2, 0.3],
     "poa_weight": 1.5,
 }
-VALIDATION = {"difference": 0.02, "low": 0.01, "high": 0.03, "num_prompts": 256}
+COMPARISON = Comparison(0.02, 0.01, 0.03, num_prompts=256, num_texts=256)
+VALIDATION = COMPARISON.as_dict()
 
 
 def record(standing, model="shapes", res="24x40"):
@@ -100,7 +102,8 @@ def test_programs_get_json(add, tmp_path, capsys):
     assert main([str(tmp_path), "--json"]) == 0
     (run,) = json.loads(capsys.readouterr().out)
     assert run["state"] == "finished"
-    assert run["comparison"] == VALIDATION | {"verdict": "better"}
+    assert run["comparison"] == VALIDATION
+    assert run["comparison"]["verdict"] == "better"
     assert run["folder"] == str(tmp_path / "shapes_24x40" / "annealing-seed0")
 
 
