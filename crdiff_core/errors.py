@@ -27,3 +27,7 @@ class RewardError(CRDiffError):
 
 class RenderError(CRDiffError):
     """Rendering went wrong: NaN latents, a constant picture or too little memory."""
+
+
+class TooLittleMemoryError(RenderError):
+    """Not even one picture fits into the device's memory."""

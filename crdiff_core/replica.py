@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crdiff_core.errors import ModelError, RenderError
+from crdiff_core.errors import ModelError, RenderError, TooLittleMemoryError
 from crdiff_core.models import check_divisible
 from crdiff_core.poa import POADenoiser, apply
 from crdiff_core.prompts import Prompt
@@ -162,7 +162,7 @@ class Replica:
                 done += len(part)
                 continue
             if len(part) == 1:
-                raise RenderError(
+                raise TooLittleMemoryError(
                     f"one {self.resolution} picture does not fit into the memory of {self.device}:"
                     " use a larger GPU, a half-precision model.dtype or a smaller res"
                 )
