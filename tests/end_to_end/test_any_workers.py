@@ -11,7 +11,8 @@ import pytest
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from search import driver
+from search import driver, estimate
+from search.plan import Plan
 from search.progress import Progress
 from tests.conf.test_config import composed
 
@@ -109,3 +110,16 @@ def at_work(cluster):
                 yield process
         except psutil.Error:  # It has just ended.
             continue
+
+
+def test_a_dry_run_times_a_trial_on_a_worker(cluster, tmp_path, monkeypatch):
+    def here(*_):
+        raise AssertionError("timed in the driver's process")
+
+    # Workers import it anew.
+    monkeypatch.setattr(estimate, "time_trial", here)
+    joined = ("cluster=ray", f"cluster.address={cluster.address}", f"output={tmp_path}")
+    timing = estimate.estimate(Plan.make(composed(*SMALL, *joined))).timing
+
+    assert (timing.device, timing.num_timed) == ("cpu", 9)
+    assert timing.trial_s > 0
