@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
@@ -35,6 +35,7 @@ class Measurement:
     batch_size: pictures drawn at once; fewer than the prompts if they did not fit into memory.
     memory_gib: the GPU's peak, allocated by torch; None on a CPU.
     pictures:   those that were to be kept, by their place in the batch: files of PNG or JPEG.
+    redrawn:    whether a first try had failed, so that its digits may differ.
     """
 
     rewards: tuple[float, ...]
@@ -43,6 +44,7 @@ class Measurement:
     batch_size: int
     memory_gib: float | None = None
     pictures: dict[int, bytes] = field(default_factory=dict)
+    redrawn: bool = False
 
 
 def evaluate(
@@ -74,7 +76,7 @@ def evaluate(
         pass  # Only after it does the exception let go of the pictures in its frames.
     wasted_s = _now(replica.device) - began
     with replica.carefully():
-        return _measure(work, _now(replica.device), wasted_s)
+        return replace(_measure(work, _now(replica.device), wasted_s), redrawn=True)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from crdiff_core.models import Model
 from crdiff_core.numerics import make_reproducible
 from search.config import ClusterSettings, ConfigError
 from search.logs import take_over
@@ -80,9 +81,35 @@ def num_workers(resources: dict[str, float]) -> int:
     """Return how many trials the connected cluster runs at once, each taking `resources`."""
     import ray
 
-    total = ray.cluster_resources()
-    names = {"cpu": "CPU", "gpu": "GPU"}
-    return max(1, int(min(total.get(names[kind], 0) / n for kind, n in resources.items())))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return max(1, sum(_num_workers_of(node, resources) for node in nodes))
+
+
+def _num_workers_of(node: dict[str, float], resources: dict[str, float]) -> int:
+    """Return how many trials run on one node: none takes parts of two nodes, or of two GPUs."""
+    count = int(node.get("CPU", 0) // resources["cpu"])
+    share = resources.get("gpu")
+    if share is None:
+        return count
+    num_gpus = int(node.get("GPU", 0))
+    # Ray counts in ten-thousandths.
+    of_gpus = num_gpus * (10_000 // round(share * 10_000)) if share < 1 else num_gpus // share
+    return min(count, int(of_gpus))
+
+
+def check_device(resources: dict[str, float], settings: ClusterSettings, model: Model) -> str:
+    """Return the device that trials run on, cuda or cpu.
+
+    Raises ConfigError for half precision on a CPU that nobody has asked for.
+    """
+    if "gpu" in resources:
+        return "cuda"
+    if settings.device == "auto" and model.dtype == "float16":
+        raise ConfigError(
+            f"the cluster has no GPU and {model.name} is in float16, in which a CPU takes hours "
+            "for a picture: start a GPU node first, or set cluster.device=cpu if you mean it"
+        )
+    return "cpu"
 
 
 def start_at_once(num_trials: int) -> None:

@@ -121,6 +121,7 @@ class ModelSettings(Settings):
 
     paper_ratios:       (down, mid, up) of the paper's table 6, by HEIGHTxWIDTH.
     paper_image_reward: of dense, pruned alone and CR-Diff (tables 1, 2, 7); none in earlier runs.
+    batch_size:         pictures drawn at once by default; earlier runs did not have it.
     """
 
     name: Annotated[str, AfterValidator(_name)]
@@ -133,6 +134,7 @@ class ModelSettings(Settings):
     num_steps: Count
     guidance_scale: Annotated[float, Field(ge=0)]
     search_steps: Count
+    batch_size: Count = 8
     bounds: Bounds
     paper_ratios: dict[str, Triple]
     paper_image_reward: dict[str, Triple] = {}
@@ -299,8 +301,17 @@ class TrackingSettings(Settings):
     experiment: str
 
 
+def _batch_size(value: object) -> object:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if value is None:  # As earlier versions had it.
+        return "auto"
+    if value != "auto" and not is_count:
+        raise ValueError(f"got {value!r}: give auto or a count from 1 up")
+    return value
+
+
 class RenderSettings(Settings):
-    """How a picture is drawn; a batch_size of null is chosen once and recorded with the run.
+    """How a picture is drawn.
 
     negative_prompt: null is the pipeline's own; earlier versions wrote none.
     """
@@ -309,7 +320,7 @@ class RenderSettings(Settings):
     guidance_scale: Annotated[float, Field(ge=0)]
     size_conditioning: Literal["requested", "native"]
     negative_prompt: str | None = None
-    batch_size: Count | None
+    batch_size: Annotated[int | Literal["auto"], BeforeValidator(_batch_size)]
     compile: Literal["none", "blocks", "graphs"]
 
 
@@ -327,10 +338,11 @@ class ReportSettings(Settings):
 
 
 class TrialSettings(Settings):
-    """What happens when a trial fails."""
+    """What happens when a trial fails; earlier runs had no limit of its own for loading."""
 
     max_failures: Annotated[int, Field(ge=0)]
     timeout_s: Annotated[float, Field(gt=0)] | None
+    load_timeout_s: Annotated[float, Field(gt=0)] | None = 3600
     retry_failed: bool
 
 

@@ -10,15 +10,16 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from crdiff_core.errors import CRDiffError
-from search.cluster import connect, num_workers, start_at_once
+from search.cluster import check_device, connect, num_workers, start_at_once
 from search.comparison import Comparison
-from search.config import ClusterSettings, Config, ConfigError
+from search.config import ClusterSettings, Config
 from search.deadline import Deadline
 from search.evaluation_search import EvaluationSearch
 from search.evaluations import Evaluation
@@ -91,11 +92,16 @@ def run(
     with Lease(plan.folder) as lease, to_file(plan.folder):
         if plan.ledger.has_grown:  # Another driver has ended meanwhile.
             plan = Plan.make(config)
-        lease.on_lost = plan.search.fail
-        return _run(plan, command, progress, cluster or config.cluster)
+        while True:
+            lease.on_lost = plan.search.fail
+            outcome = _run(plan, command, progress, cluster or config.cluster)
+            if outcome is not None:
+                return outcome
+            plan = Plan.make(config)  # With a smaller batch.
 
 
-def _run(plan: Plan, command: str, progress: Progress, cluster: ClusterSettings) -> Outcome:
+def _run(plan: Plan, command: str, progress: Progress, cluster: ClusterSettings) -> Outcome | None:
+    """Run a plan to its end; None: it has to begin anew, with the batch size now recorded."""
     search = plan.search
     began_s = time.monotonic()
     tracked = TrackedSearch(plan) if plan.config.tracking.name != "none" else None
@@ -116,6 +122,8 @@ def _run(plan: Plan, command: str, progress: Progress, cluster: ClusterSettings)
         if search.failure is not None:
             status = "FAILED"
             raise SearchFailedError(search.failure)
+        if search.smaller_batch is not None:
+            return None
         if not search.finished:
             raise KeyboardInterrupt
         ratios_file = write_ratios(plan)
@@ -193,7 +201,7 @@ def _record(plan: Plan, command: str) -> None:
     raw = {
         "key": plan.key,
         "command": command,
-        "batch_size": plan.search.batching.size(plan.config.prompts.search),
+        "batch_size": search.smaller_batch or search.settled_batch_size,
         "wall_s": plan.search.wall_s,
         "ahead": plan.search.ahead,
         "warm_start": [
@@ -226,16 +234,10 @@ def _fit(plan: Plan, command: str, settings: ClusterSettings) -> None:
         _drained_on_sigterm(plan.search),
         tempfile.TemporaryDirectory() as scratch,
     ):
-        on_gpu = "gpu" in resources
-        if not on_gpu and settings.device == "auto" and plan.model.dtype == "float16":
-            raise ConfigError(
-                f"the cluster has no GPU and {plan.model.name} is in float16, in which a CPU "
-                "takes hours for a picture: start a GPU node first, or set cluster.device=cpu if "
-                "you mean it"
-            )
+        device = check_device(resources, settings, plan.model)
         workers = settings.num_workers or num_workers(resources)
         log.info("Ray is there", extra={"workers": workers, "of_each_trial": resources})
-        plan.search.max_trials = plan.search.batching.num_workers = workers
+        plan.search.max_trials = workers
         if plan.search.ahead is None:
             plan.search.ahead = workers
             _record(plan, command)
@@ -254,7 +256,7 @@ def _fit(plan: Plan, command: str, settings: ClusterSettings) -> None:
             reward_options=reward_options(plan.config),
             reward_version=plan.recipe.reward_version,
             prompt_sets=plan.prompt_sets,
-            device="cuda" if on_gpu else "cpu",
+            device=device,
             num_threads=settings.cpus_per_trial,
         )
         trainable = tune.with_parameters(RatioTrial, setup=pickle.dumps(setup))
@@ -272,18 +274,28 @@ def _fit(plan: Plan, command: str, settings: ClusterSettings) -> None:
                 # trials twice, and fails the next trial by it. Preempted ones it does try again.
                 failure_config=tune.FailureConfig(max_failures=0),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=_deadlines(plan),
+                callbacks=[_deadline(plan)],
+                stop=_stopper(plan.search),
                 verbose=0,
             ),
         ).fit()
 
 
-def _deadlines(plan: Plan) -> list[Deadline]:
-    timeout_s = plan.config.trial.timeout_s
-    if timeout_s is None:
-        return []
-    reason = f"it took longer than trial.timeout_s={timeout_s:g}, which includes loading the model"
-    return [Deadline(timeout_s, lambda trial_id: plan.search.give_up(trial_id, reason))]
+def _deadline(plan: Plan) -> Deadline:
+    trial = plan.config.trial
+    limits = {"timeout_s": trial.timeout_s, "load_timeout_s": trial.load_timeout_s}
+    given = [f"trial.{name}={value:g}" for name, value in limits.items() if value is not None]
+    reason = f"it took too long: see {' and '.join(given)}"
+    return Deadline(
+        trial.timeout_s,
+        lambda trial_id: plan.search.give_up(trial_id, reason),
+        math.inf if trial.load_timeout_s is None else trial.load_timeout_s,
+    )
+
+
+def _stopper(search: EvaluationSearch) -> Callable[[str, dict[str, Any]], bool]:
+    """Say when to end the trials of workers that are not used, which end by nothing else."""
+    return lambda trial_id, result: "is_idle" in result and search.is_ending
 
 
 @contextmanager
@@ -308,12 +320,17 @@ def _drained_on_sigterm(search: EvaluationSearch) -> Iterator[None]:
 def _follow(plan: Plan, command: str, tracked: TrackedSearch | None, progress: Progress) -> None:
     """Show, record and pass on every evaluation from now on, and those there are already."""
     search = plan.search
+    was_mixed = False
 
     def tell(evaluation: Evaluation) -> None:
+        nonlocal was_mixed
         progress.evaluation(search)
         _log(evaluation)
+        if search.mixed and not was_mixed:
+            was_mixed = True
+            log.warning("%s", search.mixed)
         if search.num_drawn:
-            try:  # The time taken so far, and the batch size that memory has left.
+            try:  # The time taken so far, and the batch size once it is settled.
                 _record(plan, command)
             except StorageError as broken:
                 search.fail(str(broken))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from bisect import bisect_right, insort
@@ -14,11 +15,11 @@ from ray.tune.search import Searcher
 
 from crdiff_core.prompts import PromptSet
 from crdiff_core.ratios import BlockRatios
-from search.batching import Batching
+from search.batching import Batch, batch_length
 from search.budget import Budget, Use
 from search.comparison import telling
-from search.evaluations import Batch, Evaluation, Evaluations, Kind, OpenEvaluation
-from search.ledger import Ledger, Recipe
+from search.evaluations import SHOWN, Evaluation, Evaluations, Kind, OpenEvaluation
+from search.ledger import DRAWN_BY, Ledger, Recipe
 from search.logs import LOG_FILE
 from search.pictures import Pictures
 from search.racing import Expectation, Race
@@ -27,12 +28,12 @@ from search.space import Candidate, Space
 from search.storage import StorageError
 
 METRIC = "reward"
-# Of what is drawn for a report's pictures; no decision depends on it.
-_SHOWN: tuple[Kind, ...] = ("pruned alone", "resized")
 # Failed evaluations of its own after which a search that has seen no success gives up.
 _HOPELESS = 3
 _DIED = f"its worker died or could not start: {LOG_FILE} beside the results has Ray's reason"
 _RETRY = ": mend that and run again with trial.retry_failed=true"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
     that annealing takes next, then those of steps that it may take after it. An evaluation that
     has lost its race, or that the chain has passed by, gets no more of them.
 
+    batch_size:      prompts drawn at once, at most; the ledger's keys depend on it.
+    num_fit:         so many at once are known to fit into a worker's memory.
+    shrinks:         whether the first worker that a batch does not fit lowers the batch size: it
+                     ends the search, with what fits in `smaller_batch`. Else that is a failure.
+                     Once a batch has fitted one worker, those that it does not fit are not used.
     rerank_top:      how many of the best are compared again on fresh prompts.
     rerank_off_path: whether evaluations that annealing passed by are among them. Which there are
                      depends on the number of workers, and so would the winner.
@@ -93,7 +99,9 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         recipe: Recipe,
         ledger: Ledger,
         budget: Budget,
-        batching: Batching | None = None,
+        batch_size: int,
+        num_fit: int = 0,
+        shrinks: bool = False,
         race: Race | None = None,
         rerank_top: int = 3,
         rerank_off_path: bool = False,
@@ -112,7 +120,9 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         self.ended_by: str | None = None
         """The limit that ended the search, if it was not the number of steps."""
         self.winner: Evaluation | None = None
-        self.batching = batching or Batching()
+        self.batch_size = batch_size
+        self.smaller_batch: int | None = None
+        """The batch size with which the search has to begin anew: its own fits no worker yet."""
         self.max_trials: float = math.inf
         """How many trials may run at once."""
         self.on_evaluation: Callable[[Evaluation], None] = lambda _: None
@@ -121,9 +131,11 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         self.space = space
         self._sizes = {name: len(prompts) for name, prompts in prompt_sets.items()}
         self._ledger = ledger
-        self._work = Evaluations(
-            ledger, recipe, prompt_sets, self.batching, max_failures, pictures
-        )
+        self._work = Evaluations(ledger, recipe, prompt_sets, batch_size, max_failures, pictures)
+        self._num_fit = num_fit
+        # What else moves the last digits of its rewards, by name.
+        self._drawn_by: dict[str, set[str]] = {name: set() for name in DRAWN_BY}
+        self._shrinks = shrinks
         self._keeps_pictures = pictures is not None
         self._num_shown = num_shown if pictures is not None else 0
         self._native = native
@@ -143,6 +155,8 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         self._results: dict[str, Evaluation] = {}
         self._num_told = 0
         self._trials: dict[str, tuple[OpenEvaluation, Batch]] = {}
+        # Trials of workers that are not used.
+        self._unfit: set[str] = set()
         self._reasons: dict[str, str] = {}
         # Of every search evaluation, how many prompts were drawn; sorted.
         self._drawn: list[int] = []
@@ -161,12 +175,12 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         """Return the next prompt batch to draw; None if there is none just now."""
         if self._began_s is None:
             self._began_s = self._latest_s = self._clock()
-        while not (self.finished or self._is_stopped):
-            if len(self._trials) >= self.max_trials:
+        while not self.is_ending:
+            if len(self._trials) + len(self._unfit) >= self.max_trials:
                 return None
             evaluation = self._most_needed()
             if evaluation is not None:
-                batch = self._work.cut(evaluation, self._most_prompts(evaluation))
+                batch = evaluation.todo.popleft()
                 self._trials[trial_id] = (evaluation, batch)
                 return evaluation.trial(batch, self._keeps_pictures)
             if not self._begin_next():
@@ -181,10 +195,13 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         A batch that failed is handed out again, up to max_failures times. A ledger that cannot be
         written ends the search: what is not recorded would be paid for twice.
         """
+        self._unfit.discard(trial_id)
         if trial_id not in self._trials:
             return
         self._latest_s = self._clock()
         evaluation, batch = self._trials.pop(trial_id)
+        if result is not None and "measured" in result:
+            self._num_fit = max(self._num_fit, evaluation.length)
         if error:
             result = {"failure": self._reasons.pop(trial_id, _DIED), "transient": True}
         try:
@@ -193,6 +210,34 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             self.fail(str(broken))
         else:
             self._tell(evaluation)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Take the report of a worker whose memory a batch does not fit: `num_fit` pictures do.
+
+        Its batch goes to others. It keeps its trial, and so its GPU, and is given no other.
+        """
+        if "num_fit" not in result or trial_id not in self._trials:
+            return
+        evaluation, batch = self._trials.pop(trial_id)
+        self._work.settle(evaluation, batch, None)
+        num_fit, device = result["num_fit"], result["device"]
+        reason = f"{evaluation.length} pictures at once do not fit into the memory of {device}"
+        reason += f", {num_fit} do" if num_fit else ", nor does a single one"
+        if num_fit == 0 or evaluation.length <= self._num_fit:
+            self._unfit.add(trial_id)
+            log.warning("a worker is not used: %s", reason)
+            if len(self._unfit) >= self.max_trials:
+                remedy = "a half-precision model.dtype or a smaller res"
+                if num_fit:
+                    remedy = f"or begin anew with render.batch_size={num_fit}"
+                self.fail(f"no worker can be used: {reason}: use a larger GPU, {remedy}")
+        elif self._shrinks:
+            self.smaller_batch = self.smaller_batch or num_fit
+            log.warning("render.batch_size is %d from now on: %s", self.smaller_batch, reason)
+        else:
+            self.fail(
+                f"render.batch_size={self.batch_size}: {reason}: set it to {num_fit}, or to auto"
+            )
 
     def give_up(self, trial_id: str, reason: str) -> None:
         """Note why a trial is about to end with an error."""
@@ -231,8 +276,31 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to evaluate."""
-        is_done = self._is_shown and not any(e.kind in _SHOWN for e in self._work.open)
-        return self.failure is not None or is_done
+        is_done = self._is_shown and not any(e.kind in SHOWN for e in self._work.open)
+        return is_done or self.failure is not None or self.smaller_batch is not None
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether nothing more is handed out."""
+        return self.finished or self._is_stopped
+
+    @property
+    def settled_batch_size(self) -> int | None:
+        """The batch size, once a worker has drawn as many pictures at once; None: not yet."""
+        largest = max(batch_length(size, self.batch_size) for size in self._sizes.values())
+        return self.batch_size if self._num_fit >= largest else None
+
+    @property
+    def mixed(self) -> str | None:
+        """Say how the workers differ that drew its rewards, in a sentence; None: in nothing."""
+        differences = [
+            f"{name} {' and '.join(sorted(values))}"
+            for name, values in self._drawn_by.items()
+            if len(values) > 1
+        ]
+        if not differences:
+            return None
+        return f"Its rewards were drawn with {', '.join(differences)}, so last digits differ."
 
     @property
     def steps(self) -> list[Step]:
@@ -289,13 +357,18 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
     @property
     def known_evaluations(self) -> list[Evaluation]:
         """All of the search's evaluations, in earlier sessions too, the last of each candidate."""
-        earlier = self._ledger.spent.keys - self._work.last.keys() - {self._work.key(self._dense)}
+        taken = {evaluation.candidate for evaluation in self._work.last.values()}
         others = [
             self._work.known(candidate)
-            for key, candidate in self._ledger.candidates.items()
-            if key in earlier
+            for candidate in self._spent_on()
+            if candidate not in taken and not candidate.ratios.is_dense
         ]
         return [*self._work.last.values(), *(e for e in others if e.rewards)]
+
+    def _spent_on(self) -> list[Candidate]:
+        """Return the candidates that this search has paid for, each once, in their order."""
+        keys, candidates = self._ledger.spent.keys, self._ledger.candidates
+        return list(dict.fromkeys(c for key, c in candidates.items() if key in keys))
 
     @property
     def use(self) -> Use:
@@ -420,7 +493,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         # Of the evaluations that came as far, the share that was still in the race after what is
         # being drawn: a batch is needed for certain if it is the only one.
         num_known = len(evaluation.prompts) - len(evaluation.missing)
-        num_handed_out = len(evaluation.prompts) - len(evaluation.todo)
+        num_handed_out = len(evaluation.prompts) - evaluation.num_waiting
         return (
             likelihood * (self._num_beyond(num_handed_out) + 1) / (self._num_beyond(num_known) + 1)
         )
@@ -428,10 +501,6 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
     def _num_beyond(self, num_prompts: int) -> int:
         """Return how many of the search's evaluations so far went beyond so many prompts."""
         return len(self._drawn) - bisect_right(self._drawn, num_prompts)
-
-    def _most_prompts(self, evaluation: OpenEvaluation) -> int | None:
-        """Return how many prompts may be drawn before the race is looked at."""
-        return self._race.stride if self._race and evaluation.kind == "search" else None
 
     def _begin_next(self) -> bool:
         """Begin the next evaluation, if what it depends on is known."""
@@ -488,14 +557,11 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         """Return what was taken, or what will be if a candidate is evaluated too."""
         spent = self._ledger.spent
         num_coming = 0
-        candidates = self._ledger.candidates
-        keys = (
-            {key for key in spent.keys if self.space.suggestion(candidates[key]) is not None}
-            | {e.key for e in self._work.open}
-            | {e.key for e in self._work.of("search")[len(self._warm) :]}
-        )
+        evaluated = {c for c in self._spent_on() if self.space.suggestion(c) is not None}
+        evaluated |= {e.candidate for e in self._work.open}
+        evaluated |= {e.candidate for e in self._work.of("search")[len(self._warm) :]}
         if candidate is not None:
-            keys = keys | {self._work.key(candidate)}
+            evaluated.add(candidate)
             reranked = self._rerank_top if self._rerank_top > 1 else 0
             begun = sum(len(evaluation.missing) for evaluation in self._work.open)
             # Batches of evaluations that were stopped meanwhile are drawn to their end.
@@ -507,11 +573,12 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             num_coming = num_next + begun + last
         each_s = spent.seconds / spent.num_pictures if spent.num_pictures else 0.0
         coming_s = num_coming * each_s
+        num_workers = 1.0 if math.isinf(self.max_trials) else self.max_trials
         return Use(
-            evaluations=len(keys - {self._work.key(self._dense)}),
+            evaluations=sum(not each.ratios.is_dense for each in evaluated),
             pictures=spent.num_pictures + num_coming,
             gpu_hours=(spent.seconds + coming_s) * self._gpus_per_trial / 3600,
-            wall_hours=(self.wall_s + coming_s / self.batching.num_workers) / 3600,
+            wall_hours=(self.wall_s + coming_s / num_workers) / 3600,
         )
 
     def _rerank(self) -> bool:
@@ -534,7 +601,7 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
             return True
         reranked = [e for e in self._work.of("rerank") if e.failure is None]
         best = max(reranked, key=lambda e: e.mean, default=candidates[0])
-        self.winner = next(e for e in candidates if e.key == best.key)
+        self.winner = next(e for e in candidates if e.candidate == best.candidate)
         self._begin("dense validation", self._dense, "validation")
         self._begin("validation", self.winner.candidate, "validation")
         return True
@@ -623,6 +690,8 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
         self, evaluation: OpenEvaluation, is_stopped: bool = False, estimate: float | None = None
     ) -> None:
         closed = self._work.close(evaluation, is_stopped, estimate)
+        for name, value in closed.drawn_by:
+            self._drawn_by[name].add(value)
         if closed.kind == "search":
             insort(self._drawn, len(closed.rewards))
         if evaluation.searcher_id is not None:

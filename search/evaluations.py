@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from crdiff_core.prompts import PromptSet
 from crdiff_core.ratios import BlockRatios, Group
-from search.batching import Batching
+from search.batching import Batch, batch_length, batches, filled
 from search.comparison import standard_error
 from search.ledger import STAGES, Ledger, Recipe
 from search.pictures import Pictures
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The numbers of the prompts that one trial draws.
-Batch = tuple[int, ...]
 Kind = Literal[
     "dense", "search", "rerank", "validation", "dense validation", "pruned alone", "resized"
 ]
 
+SHOWN: tuple[Kind, ...] = ("pruned alone", "resized")
+"""What is drawn for a report's pictures; no decision depends on it."""
 NUM_KEPT = 4
 """Of the search prompts so many, the first ones, have their pictures kept."""
 
@@ -38,7 +38,8 @@ class Evaluation:
     """One candidate on one prompt set, as far as the search went with it.
 
     index:        order of completion in this run, from 0.
-    key:          the ledger's.
+    key:          the ledger's; of one candidate another for prompt sets that are drawn in
+                  batches of another length.
     rewards:      one for each prompt, in their order; fewer if it was stopped, none if it failed.
     failure:      why it failed, in one line.
     is_stopped:   whether it was left unfinished: it had lost its race, or was no longer needed.
@@ -47,6 +48,7 @@ class Evaluation:
                   stage's, where that is known.
     memory_gib:   the peak of a GPU that drew it; None: not measured.
     measured_at:  when the last of them was, in seconds since 1970; 0 if none was.
+    drawn_by:     pairs of a name of DRAWN_BY and its value, as far as they were written.
     num_rendered: pictures drawn for it in this run; 0 if the ledger knew it all.
     """
 
@@ -64,6 +66,7 @@ class Evaluation:
     stages: Mapping[str, float]
     memory_gib: float | None
     measured_at: float
+    drawn_by: frozenset[tuple[str, str]]
     num_rendered: int
 
     @property
@@ -93,22 +96,26 @@ class Evaluation:
 class OpenEvaluation:
     """An evaluation under way.
 
+    recipe:       that its rewards are of.
     numbers:      of its prompts in the prompt set that they are from.
+    length:       pictures in one forward pass.
     searcher_id:  by which the searcher knows it; None: it does not.
     missing:      of its prompts those without a reward yet, counted from 0.
-    todo:         of those the ones that no trial draws yet.
-    num_failures: how often each prompt's batch failed.
+    todo:         of its batches those that miss a reward and that no trial draws yet.
+    num_failures: how often each batch failed.
     """
 
     kind: Kind
     candidate: Candidate
+    recipe: Recipe
     key: str
     prompts: PromptSet
     numbers: tuple[int, ...]
+    length: int
     searcher_id: str | None = None
     missing: set[int] = field(default_factory=set)
-    todo: deque[int] = field(default_factory=deque)
-    num_failures: Counter[int] = field(default_factory=Counter)
+    todo: deque[Batch] = field(default_factory=deque)
+    num_failures: Counter[Batch] = field(default_factory=Counter)
     failure: str | None = None
     num_rendered: int = 0
 
@@ -117,23 +124,27 @@ class OpenEvaluation:
         """How many prompts from the first on have their reward, without a gap."""
         return min(self.missing, default=len(self.prompts))
 
+    @property
+    def num_waiting(self) -> int:
+        """How many of the missing prompts no trial draws yet."""
+        return sum(number in self.missing for batch in self.todo for number in batch)
+
     def trial(self, batch: Batch, keep: bool) -> dict[str, Any]:
         """Return the configuration of the trial that draws a batch of it.
 
         keep: whether pictures are kept at all.
         """
+        kept = [place for place, number in enumerate(batch) if number in self.missing]
         if self.kind == "rerank" or not keep:
-            kept: list[int] = []
+            kept = []
         elif self.kind in {"dense", "search"}:
-            kept = [place for place, each in enumerate(batch) if each < NUM_KEPT]
-        else:
-            kept = list(range(len(batch)))
+            kept = [place for place in kept if batch[place] < NUM_KEPT]
         return {
             "ratios": self.candidate.ratios.as_dict(),
             "poa_weight": self.candidate.poa_weight,
             "drawn_at": self.candidate.drawn_at,
             "prompts": self.prompts.name,
-            "batch": [self.numbers[each] for each in batch],
+            "batch": [self.numbers[each] for each in filled(batch, self.length)],
             "keep": kept,
         }
 
@@ -141,6 +152,10 @@ class OpenEvaluation:
 class Evaluations:
     """The evaluations of one search. What the ledger knows of them is not drawn again.
 
+    A batch of which a single reward is missing is drawn as a whole, since its prompts' digits
+    depend on one another; what was known is dropped.
+
+    batch_size:   prompts drawn at once, at most.
     max_failures: how often one prompt batch is tried again before its evaluation fails.
     pictures:     where they are kept; None: nowhere.
     """
@@ -150,7 +165,7 @@ class Evaluations:
         ledger: Ledger,
         recipe: Recipe,
         prompt_sets: Mapping[str, PromptSet],
-        batching: Batching,
+        batch_size: int,
         max_failures: int,
         pictures: Pictures | None = None,
     ) -> None:
@@ -162,20 +177,19 @@ class Evaluations:
         self._ledger = ledger
         self._recipe = recipe
         self._prompt_sets = prompt_sets
-        self._batching = batching
+        self._batch_size = batch_size
         self._max_failures = max_failures
         self._pictures = pictures
-        self._keys: dict[Candidate, str] = {}
+        self._keys: dict[tuple[Candidate, int], str] = {}
 
     def of(self, *kinds: Kind) -> list[Evaluation]:
         """Return those of these kinds that are done."""
         return [evaluation for evaluation in self.done if evaluation.kind in kinds]
 
     def key(self, candidate: Candidate) -> str:
-        """Return the ledger's key of a candidate."""
-        if candidate not in self._keys:
-            self._keys[candidate] = self._recipe_of(candidate).key(candidate.ratios)
-        return self._keys[candidate]
+        """Return the ledger's key of a candidate on the search prompts."""
+        length = batch_length(len(self._prompt_sets["search"]), self._batch_size)
+        return self._key_of(candidate, length)
 
     def missing(self, candidate: Candidate) -> list[int]:
         """Return the numbers of the search prompts that the ledger knows nothing of."""
@@ -203,47 +217,35 @@ class Evaluations:
         self.open.append(evaluation)
         return evaluation
 
-    def cut(self, evaluation: OpenEvaluation, most: int | None = None) -> Batch:
-        """Take the next batch off what is to do, of at most so many prompts."""
-        num_left = len(evaluation.todo)
-        size = self._batching.size(len(evaluation.prompts))
-        if most is not None:
-            size = min(size, most)
-        # Of equal size, since compiled models compile for each size anew.
-        size = math.ceil(num_left / math.ceil(num_left / size))
-        return tuple(evaluation.todo.popleft() for _ in range(size))
-
     def settle(
         self, evaluation: OpenEvaluation, batch: Batch, result: Mapping[str, Any] | None
     ) -> None:
         """Write what a trial brought to the ledger, or hand its batch out again.
 
-        result: None: it was ended before it began.
+        result: None: nothing came of it that counts.
         Raises StorageError if it cannot be written.
         """
         if result is None:
-            evaluation.todo.extendleft(reversed(batch))
+            evaluation.todo.appendleft(batch)
             return
         failure: str | None = result.get("failure")
         if failure is None:
             measured: Measurement = result["measured"]
-            self._record(evaluation, batch, measured)
+            evaluation.num_rendered += self._record(
+                evaluation,
+                batch,
+                measured,
+                drawn_by=result.get("drawn_by"),
+                redrawn=result.get("redrawn", False),
+            )
             self._keep(evaluation, batch, measured.pictures)
             # Ray Tune holds every trial's result to the end, and writes it into its own files.
             measured.pictures.clear()
-            evaluation.num_rendered += len(measured.rewards)
             evaluation.missing.difference_update(batch)
-            seconds = sum(measured.seconds.values())
-            if evaluation.kind != "resized":  # Of another size.
-                self._batching.record(len(batch), seconds, measured.batch_size)
-        elif (
-            result.get("transient")
-            and max(evaluation.num_failures[number] for number in batch) < self._max_failures
-        ):
+        elif result.get("transient") and evaluation.num_failures[batch] < self._max_failures:
             log.info("%s is tried again: %s", evaluation.candidate.ratios, failure)
-            # By prompt: the next try may be cut into other batches.
-            evaluation.num_failures.update(batch)
-            evaluation.todo.extendleft(reversed(batch))
+            evaluation.num_failures[batch] += 1
+            evaluation.todo.appendleft(batch)
         else:
             self._record(evaluation, batch, failure)
             evaluation.failure = failure
@@ -274,21 +276,33 @@ class Evaluations:
         searcher_id: str | None = None,
         numbers: Sequence[int] | None = None,
     ) -> OpenEvaluation:
-        prompt_set = self._prompt_sets[prompts]
+        prompt_set, size = self._prompt_sets[prompts], self._batch_size
         if numbers is None:
             numbers = range(len(prompt_set))
         else:
+            size = 1  # Which are chosen depends on what was found: they have no neighbours.
             chosen = tuple(prompt_set.prompts[number] for number in numbers)
             prompt_set = PromptSet(prompt_set.name, chosen)
-        key = self.key(candidate)
-        evaluation = OpenEvaluation(kind, candidate, key, prompt_set, tuple(numbers), searcher_id)
+        length = batch_length(len(prompt_set), size)
+        evaluation = OpenEvaluation(
+            kind,
+            candidate,
+            self._recipe_of(candidate, length),
+            self._key_of(candidate, length),
+            prompt_set,
+            tuple(numbers),
+            length,
+            searcher_id,
+        )
         for number, prompt in enumerate(prompt_set.prompts):
-            entry = self._ledger.get(key, prompt)
+            entry = self._ledger.get(evaluation.key, prompt)
             if entry is None:
                 evaluation.missing.add(number)
-                evaluation.todo.append(number)
             elif entry.failure is not None:
                 evaluation.failure = evaluation.failure or entry.failure
+        for batch in batches(len(prompt_set), size):
+            if not evaluation.missing.isdisjoint(batch):
+                evaluation.todo.append(batch)
         return evaluation
 
     def _as_it_is(
@@ -322,15 +336,28 @@ class Evaluations:
                 default=None,
             ),
             measured_at=max((entry.measured_at for entry in entries), default=0.0),
+            drawn_by=frozenset(pair for entry in entries for pair in entry.drawn_by.items()),
             num_rendered=evaluation.num_rendered,
         )
 
     def _record(
-        self, evaluation: OpenEvaluation, batch: Batch, outcome: Measurement | str
-    ) -> None:
-        prompts = [evaluation.prompts.prompts[number] for number in batch]
-        recipe = self._recipe_of(evaluation.candidate)
-        self._ledger.append(recipe, evaluation.candidate.ratios, prompts, outcome)
+        self,
+        evaluation: OpenEvaluation,
+        batch: Batch,
+        outcome: Measurement | str,
+        *,
+        drawn_by: Mapping[str, str] | None = None,
+        redrawn: bool = False,
+    ) -> int:
+        """Write a batch's rows; return how many are new."""
+        return self._ledger.append(
+            evaluation.recipe,
+            evaluation.candidate.ratios,
+            [evaluation.prompts.prompts[number] for number in batch],
+            outcome,
+            drawn_by=drawn_by,
+            redrawn=redrawn,
+        )
 
     def _keep(
         self, evaluation: OpenEvaluation, batch: Batch, pictures: Mapping[int, bytes]
@@ -339,5 +366,17 @@ class Evaluations:
             prompts = [evaluation.prompts.prompts[number] for number in batch]
             self._pictures.add(evaluation.key, prompts, pictures)
 
-    def _recipe_of(self, candidate: Candidate) -> Recipe:
-        return replace(self._recipe, poa_weight=candidate.poa_weight, drawn_at=candidate.drawn_at)
+    def _key_of(self, candidate: Candidate, length: int) -> str:
+        if (candidate, length) not in self._keys:
+            recipe = self._recipe_of(candidate, length)
+            self._keys[candidate, length] = recipe.key(candidate.ratios)
+        return self._keys[candidate, length]
+
+    def _recipe_of(self, candidate: Candidate, length: int) -> Recipe:
+        is_own = length == self._ledger.own_batch_size
+        return replace(
+            self._recipe,
+            poa_weight=candidate.poa_weight,
+            drawn_at=candidate.drawn_at,
+            batch_size=None if is_own else length,
+        )

@@ -103,12 +103,17 @@ def _provenance(plan: Plan, winner: Evaluation) -> dict[str, Any]:
     searched = {step.evaluation.key: step.evaluation for step in plan.search.steps}
     use = plan.search.use
     reranked = next(
-        (e for e in plan.search.evaluations if e.kind == "rerank" and e.key == winner.key), None
+        (
+            each
+            for each in plan.search.evaluations
+            if each.kind == "rerank" and each.candidate == winner.candidate
+        ),
+        None,
     )
     dense = plan.search.of("dense")
     return {
         "ledger_key": winner.key,
-        "recipe": asdict(plan.recipe),
+        "recipe": asdict(plan.recipe) | {"batch_size": plan.search.batch_size},
         "source": source_of(plan.model),
         "num_prunable": plan.model.num_prunable(),
         "sparsity": dict(winner.sparsity),

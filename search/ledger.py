@@ -10,7 +10,7 @@ import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,10 +45,15 @@ class Recipe:
 
     Two equal recipes give equal rewards, so a reward measured once is never measured again.
 
+    A field that came later has a default, which stands for what all did before it. Where it has
+    its default it is no part of keys, so those of earlier ledgers stay as they are. A column of
+    its name in SCHEMA keeps it; null is the default.
+
     size_conditioning: the HEIGHTxWIDTH that SDXL is told; requested: that of the picture.
     drawn_at:          the HEIGHTxWIDTH that pictures are drawn at, before they are resized to
                        height and width; requested: at those.
     negative_prompt:   what guidance leads away from; None: the pipeline's own.
+    batch_size:        pictures drawn in one forward pass; None: the model's own number.
     """
 
     model: str
@@ -65,6 +70,16 @@ class Recipe:
     size_conditioning: str = "requested"
     drawn_at: str = "requested"
     negative_prompt: str | None = None
+    batch_size: int | None = None
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any], own_batch_size: int | None) -> Recipe:
+        """Return the recipe of a ledger's row; what is null there has its default."""
+        columns = {each.name: each.name for each in fields(cls)} | {"reward": "reward_name"}
+        found = {name: row[column] for name, column in columns.items()}
+        if found["batch_size"] == own_batch_size:
+            del found["batch_size"]
+        return cls(**{name: value for name, value in found.items() if value is not None})
 
     @property
     def told_size(self) -> Resolution | None:
@@ -73,20 +88,29 @@ class Recipe:
             return None
         return Resolution.parse(self.size_conditioning)
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The fields that are part of keys: those that have not their default."""
+        values = asdict(self)
+        # What has none has MISSING, which equals nothing.
+        return {
+            each.name: values[each.name]
+            for each in fields(self)
+            if values[each.name] != each.default
+        }
+
     def key(self, ratios: BlockRatios) -> str:
         """Name the evaluation of these ratios: a SHA-256 of the recipe and them."""
         # The dense model has no pruned output to amplify: one key whatever the weight.
         recipe = replace(self, poa_weight=0.0) if ratios.is_dense else self
-        parts = {**asdict(recipe), "ratios": ratios.as_dict()}
-        for each in fields(recipe):
-            # What came later leaves the keys of earlier ledgers as they are.
-            if each.default is not MISSING and parts[each.name] == each.default:
-                del parts[each.name]
+        parts = {**recipe.parts, "ratios": ratios.as_dict()}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 STAGES = ("prune", "render", "score")
 """What a trial's seconds are spent on."""
+DRAWN_BY = ("device", "torch", "compile")
+"""What else moves a reward's last digits: the GPU, torch's version, the mode of compilation."""
 
 # Of a file's rows: what a newer version writes is refused, what an older one wrote is read, with
 # nulls where it had no column yet.
@@ -120,8 +144,12 @@ SCHEMA = pa.schema(
         ("negative_prompt", pa.string()),
         # The search that paid for it.
         ("run", pa.string()),
+        # Pictures drawn in one forward pass; before it was part of the key, of any batch.
         ("batch_size", pa.int32()),
-        # Of the whole batch, divided evenly among its prompts.
+        # True: a first try failed, and it was drawn again in parts, so that its digits differ.
+        ("redrawn", pa.bool_()),
+        *((name, pa.string()) for name in DRAWN_BY),
+        # Of the whole batch, divided evenly among its rows.
         ("seconds", pa.float64()),
         *((f"{stage}_seconds", pa.float64()) for stage in STAGES),
         # The GPU's peak while the batch was drawn.
@@ -139,6 +167,7 @@ class Entry:
     measured_at: in seconds since 1970.
     stages:      the seconds by stage; empty where they were not written yet.
     memory_gib:  the GPU's peak; None: not measured.
+    drawn_by:    what else moves its last digits, by name; empty where that was not written yet.
     """
 
     reward: float | None
@@ -148,6 +177,7 @@ class Entry:
     measured_at: float
     stages: dict[str, float]
     memory_gib: float | None
+    drawn_by: dict[str, str]
 
 
 @dataclass
@@ -168,15 +198,24 @@ class Ledger:
 
     A batch's rows become durable together before `append` returns. Several drivers may append to
     one folder. Where a row is there twice, the first one written counts.
+
+    Rows are known by the key that their columns give today: those from before the batch size was
+    part of it were written without.
     """
 
     def __init__(
-        self, storage: Storage | str | Path, *, run: str = "", retry_failed: bool = False
+        self,
+        storage: Storage | str | Path,
+        *,
+        run: str = "",
+        retry_failed: bool = False,
+        own_batch_size: int | None = None,
     ) -> None:
         """Read what is there.
 
-        run:          name of the search that appends.
-        retry_failed: forget recorded failures, so that they are evaluated again.
+        run:            name of the search that appends.
+        retry_failed:   forget recorded failures, so that they are evaluated again.
+        own_batch_size: the model's own number of pictures in one forward pass.
         Raises StorageError if the folder cannot be made or read, LedgerError if a newer version
         has written to it.
         """
@@ -184,11 +223,14 @@ class Ledger:
         self.candidates: dict[str, Candidate] = {}
         """What each key stands for, whichever search evaluated it."""
         self.spent = Spent()
+        self.own_batch_size = own_batch_size
         self._run = run
         self._retry_failed = retry_failed
         self._entries: dict[tuple[str, str, int], Entry] = {}
         self._names: list[str] = []
         self._rescued: Path | None = None
+        # Today's keys, by the key and the batch size that a row was written with.
+        self._keys: dict[tuple[str, int | None], str] = {}
         self.storage.make()
         for row in self.table().to_pylist():
             sparsity = {group: row[f"sparsity_{group}"] for group in GROUPS}
@@ -246,34 +288,46 @@ class Ledger:
         ratios: BlockRatios,
         prompts: Sequence[Prompt],
         outcome: Measurement | str,
-    ) -> None:
-        """Write the rows of one prompt batch, durably.
+        *,
+        drawn_by: Mapping[str, str] | None = None,
+        redrawn: bool = False,
+    ) -> int:
+        """Write the rows of one prompt batch, durably; those that are there already are left out.
 
-        outcome: what was measured, or in one line why it failed.
+        prompts:  the first ones of the batch; what it drew after them only filled it up.
+        outcome:  what was measured, or in one line why it failed.
+        drawn_by: values of DRAWN_BY; redrawn: whether a first try had failed.
+        Returns the number of rows written.
         Raises StorageError if they cannot be written; they are then kept on this machine.
         """
         failed = isinstance(outcome, str)
+        key = recipe.key(ratios)
         rewards = (None,) * len(prompts) if isinstance(outcome, str) else outcome.rewards
+        fresh = [
+            (prompt, reward)
+            for prompt, reward in zip(prompts, rewards, strict=False)
+            if not self._is_known(key, prompt, failed)
+        ]
+        if not fresh:
+            return 0
         seconds = 0.0 if isinstance(outcome, str) else sum(outcome.seconds.values())
         sparsity = {} if isinstance(outcome, str) else outcome.sparsity
         stages = {} if isinstance(outcome, str) else outcome.seconds
         shared: dict[str, Any] = {
-            "key": recipe.key(ratios),
+            "key": key,
             "failure": outcome if failed else None,
             **{group: ratios[group] for group in GROUPS},
             **{f"sparsity_{group}": sparsity.get(group) for group in GROUPS},
-            **{
-                name: value
-                for name, value in asdict(recipe).items()
-                if name not in {"reward", "poa_weight"}
-            },
+            **{name: value for name, value in asdict(recipe).items() if name != "reward"},
             "poa_weight": 0.0 if ratios.is_dense else recipe.poa_weight,
             "reward_name": recipe.reward,
             "run": self._run,
-            "batch_size": len(prompts) if isinstance(outcome, str) else outcome.batch_size,
-            "seconds": seconds / len(prompts),
+            "batch_size": recipe.batch_size or self.own_batch_size,
+            "redrawn": redrawn or None,
+            **(drawn_by or {}),
+            "seconds": seconds / len(fresh),
             **{
-                f"{stage}_seconds": stages[stage] / len(prompts)
+                f"{stage}_seconds": stages[stage] / len(fresh)
                 for stage in STAGES
                 if stage in stages
             },
@@ -282,23 +336,37 @@ class Ledger:
         }
         rows = [
             {**shared, "prompt": prompt.text, "seed": prompt.seed, "reward": reward}
-            for prompt, reward in zip(prompts, rewards, strict=True)
+            for prompt, reward in fresh
         ]
         self._write(rows)
         for row in rows:
             self._add(row, sparsity)
+        return len(rows)
+
+    def _is_known(self, key: str, prompt: Prompt, failed: bool) -> bool:
+        """Whether a row would say nothing new; a reward does where there is only a failure."""
+        known = self.get(key, prompt)
+        return known is not None and (failed or known.failure is None)
+
+    def _key(self, row: Mapping[str, Any]) -> str:
+        """Return the key that a row's columns give today, and note what it stands for."""
+        written = row["key"], row["batch_size"]
+        if written not in self._keys:
+            ratios = BlockRatios(**{group: row[group] for group in GROUPS})
+            recipe = Recipe.of_row(row, self.own_batch_size)
+            key = self._keys[written] = recipe.key(ratios)
+            self.candidates.setdefault(key, Candidate(ratios, recipe.poa_weight, recipe.drawn_at))
+        return self._keys[written]
 
     def _add(self, row: Mapping[str, Any], sparsity: dict[Group, float]) -> None:
-        if row["key"] not in self.candidates:
-            ratios = BlockRatios(**{group: row[group] for group in GROUPS})
-            drawn_at = row["drawn_at"] or "requested"
-            self.candidates[row["key"]] = Candidate(ratios, row["poa_weight"], drawn_at)
+        key = self._key(row)
         if self._run and row["run"] == self._run:
             self.spent.num_pictures += row["reward"] is not None
             self.spent.seconds += row["seconds"]
-            self.spent.keys.add(row["key"])
+            self.spent.keys.add(key)
         measured_at = row["measured_at"].timestamp()
         stages = {stage: row.get(f"{stage}_seconds") for stage in STAGES}
+        drawn_by = {name: row.get(name) for name in DRAWN_BY}
         entry = Entry(
             row["reward"],
             row["failure"],
@@ -307,13 +375,14 @@ class Ledger:
             measured_at,
             {stage: taken for stage, taken in stages.items() if taken is not None},
             row["memory_gib"],
+            {name: value for name, value in drawn_by.items() if value is not None},
         )
-        key = (row["key"], row["prompt"], row["seed"])
-        known = self._entries.get(key)
+        place = (key, row["prompt"], row["seed"])
+        known = self._entries.get(place)
         if entry.failure is not None and (self._retry_failed or known is not None):
             return
         if known is None or known.failure is not None:
-            self._entries[key] = entry
+            self._entries[place] = entry
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         data = io.BytesIO()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ray.tune.search import Searcher
@@ -18,7 +19,7 @@ from crdiff_core.ratios import BlockRatios
 from crdiff_core.rewards import Reward, load_reward
 from search.annealing import space_filling
 from search.baselines import baseline
-from search.batching import Batching
+from search.batching import batch_length
 from search.budget import Budget
 from search.comparison import freshness
 from search.config import AnnealingSettings, Config, ConfigError
@@ -33,9 +34,6 @@ from search.storage import Storage
 
 # Where a run's folder keeps its results under other settings.
 EARLIER = "earlier"
-# Annealing's evaluations ahead of its steps speed it up by about their number to this power:
-# tests/benchmarks/searchers.py.
-_SPECULATION_GAIN = 0.6
 
 
 @dataclass(frozen=True)
@@ -80,13 +78,17 @@ class Plan:
         if record.get("key") != key:
             record = {}
         # All searches of a cell share its ledger: a triple is drawn once for all of them.
-        ledger = Ledger(cell / "ledger", run=key, retry_failed=config.trial.retry_failed)
-        race = _race(config)
+        ledger = Ledger(
+            cell / "ledger",
+            run=key,
+            retry_failed=config.trial.retry_failed,
+            own_batch_size=config.model.batch_size,
+        )
+        recorded = record.get("batch_size")
+        batch_size = _batch_size(config, recorded)
+        race = _race(config, batch_size)
         space = Space(config.space.bounds, config.poa_weight)
         searcher = _searcher(config, space, race)
-        gain = 1.0
-        if isinstance(config.searcher, AnnealingSettings):
-            gain = 0.0 if config.searcher.speculation == "off" else _SPECULATION_GAIN
         keeps_pictures = config.report.pictures > 0
         search = EvaluationSearch(
             searcher,
@@ -95,7 +97,9 @@ class Plan:
             recipe=recipe,
             ledger=ledger,
             budget=Budget(**config.budget.model_dump()),
-            batching=Batching(config.render.batch_size, gain, first=record.get("batch_size")),
+            batch_size=batch_size,
+            num_fit=recorded or 0,
+            shrinks=config.render.batch_size == "auto",
             race=race,
             rerank_top=config.rerank.top,
             rerank_off_path=config.rerank.off_path,
@@ -146,16 +150,31 @@ def _recipe(config: Config, model: Model, reward: Reward) -> Recipe:
     )
 
 
-def _race(config: Config) -> Race | None:
+def _batch_size(config: Config, recorded: int | None) -> int:
+    """Return how many prompts are drawn at once; recorded: what auto came to in this search."""
+    asked_for = config.render.batch_size
+    return asked_for if asked_for != "auto" else recorded or _auto_batch_size(config)
+
+
+def _auto_batch_size(config: Config) -> int:
+    """Return what auto comes to where there is memory enough."""
+    own, racing = config.model.batch_size, config.racing
+    return min(own, racing.stride) if racing.name == "on" else own
+
+
+def _race(config: Config, batch_size: int) -> Race | None:
     racing, num_prompts = config.racing, config.prompts.search
     if racing.name == "off":
         return None
-    if racing.stride >= num_prompts:
+    length = batch_length(num_prompts, batch_size)
+    stride = math.ceil(racing.stride / length) * length
+    if stride >= num_prompts:
         raise ConfigError(
-            f"racing.stride={racing.stride}: an evaluation of prompts.search={num_prompts} is "
-            f"over before it is looked at: lower the stride or raise prompts.search"
+            f"racing.stride={racing.stride}: an evaluation of prompts.search={num_prompts}, "
+            f"{length} drawn at once, is over before it is looked at: lower the stride or "
+            "render.batch_size, or raise prompts.search"
         )
-    return Race(racing.alpha, racing.stride)
+    return Race(racing.alpha, stride)
 
 
 def _warm_start(config: Config, ledger: Ledger, record: dict[str, Any]) -> tuple[Candidate, ...]:
@@ -163,7 +182,7 @@ def _warm_start(config: Config, ledger: Ledger, record: dict[str, Any]) -> tuple
         return ()
     known = record.get("warm_start")
     if known is None:
-        return tuple(ledger.candidates.values())
+        return tuple(dict.fromkeys(ledger.candidates.values()))
     # What there was when the search began: what came later would change its course.
     return tuple(Candidate(BlockRatios(*ratios), weight) for *ratios, weight in known)
 
@@ -203,7 +222,8 @@ def choose_prompts(config: Config) -> dict[str, PromptSet]:
 def _key(config: Config, recipe: Recipe, prompt_sets: dict[str, PromptSet]) -> str:
     # How far ahead of its steps annealing evaluates changes none of them.
     parts: dict[str, Any] = {
-        "recipe": {k: v for k, v in asdict(recipe).items() if k != "drawn_at" and v is not None},
+        # It was part of the search's key from the first.
+        "recipe": recipe.parts | {"size_conditioning": recipe.size_conditioning},
         "searcher": config.searcher.model_dump(mode="json", exclude={"speculation"}),
         "space": config.space.bounds,
         # Which bound, too: another one stops other evaluations.
@@ -214,6 +234,9 @@ def _key(config: Config, recipe: Recipe, prompt_sets: dict[str, PromptSet]) -> s
         "prompts": {name: prompts.digest for name, prompts in prompt_sets.items()},
         "rerank": config.rerank.model_dump(mode="json"),
     }
+    # What auto comes to for want of memory makes no other search of it.
+    if config.render.batch_size not in ("auto", _auto_batch_size(config)):
+        parts["batch_size"] = config.render.batch_size
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -195,16 +195,16 @@ def _validation(plan: Plan, comparison: Comparison) -> dict[str, object]:
 def _reranked(plan: Plan) -> list[dict[str, object]]:
     """Return the best few of the search, with their rewards there and when drawn again."""
     search = plan.search
-    searched = {evaluation.key: evaluation for evaluation in search.candidates}
+    searched = {evaluation.candidate: evaluation for evaluation in search.candidates}
     return [
         {
             "point": search.space.describe(each.candidate),
-            "searched": searched[each.key].mean,
+            "searched": searched[each.candidate].mean,
             "reranked": each.failure or f"{each.mean:.4f}",
-            "won": search.winner is not None and each.key == search.winner.key,
+            "won": search.winner is not None and each.candidate == search.winner.candidate,
         }
         for each in search.evaluations
-        if each.kind == "rerank" and each.key in searched
+        if each.kind == "rerank" and each.candidate in searched
     ]
 
 
@@ -228,6 +228,8 @@ def _notes(plan: Plan) -> list[str]:
     notes = [f"{lost} steps were stopped early by racing."] if lost else []
     if search.warm_start:
         notes.append(f"It began with {len(search.warm_start)} evaluations of other searches.")
+    if search.mixed is not None:
+        notes.append(search.mixed)
     if search.ended_by is not None:
         notes.append(f"It was ended by {search.ended_by}: run it again with more to go on.")
     off = search.best_off_path

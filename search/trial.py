@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,11 @@ from crdiff_core.numerics import make_reproducible
 # torch and all that needs it are imported by the first step: see RatioTrial.
 if TYPE_CHECKING:
     from crdiff_core.models import Model
-    from crdiff_core.prompts import PromptSet
+    from crdiff_core.prompts import Prompt, PromptSet
     from crdiff_core.ratios import Resolution
+
+# Seconds between two signs of life of a worker that is not used.
+_IDLE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,22 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
 
     The first step loads the model, so that an actor starts at once. While one starts, Ray takes
     the trial that it is meant for to any actor that is free by then, and gives up on the new one:
-    with a slower start no second worker would ever begin beside one that is at work.
+    with a slower start no second worker would ever begin beside one that is at work. It reports
+    the worker's pace, and the next step draws the batch.
+
+    A batch is drawn in one forward pass or not at all: in parts it would have other digits. Where
+    the memory is too small for it, the trial reports `num_fit` and idles until the search ends,
+    so that Ray gives its GPU to nobody else of the search.
     """
 
     def setup(self, config: dict[str, Any], setup: bytes) -> None:
         """Take the pickled TrialSetup."""
         self._setup = setup
         self._is_loaded = False
+        self._is_unfit = False
         self._broken: str | None = None
+        # Pictures that were drawn at once here, at most.
+        self._num_drawn = 0
 
     def _load(self) -> None:
         make_reproducible()  # A remote worker does not inherit the driver's environment.
@@ -101,16 +113,63 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
                 )
         except CRDiffError as error:
             self._broken = str(error)
+            return
+        self._no_limit = self._replica.batch_limit
+        device = self._replica.device
+        self._drawn_by = {
+            "device": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"cpu {torch.backends.cpu.get_cpu_capability()}",
+            "torch": torch.__version__,
+            "compile": setup.compile,
+        }
+
+    def _warm_up(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Draw a batch of one step: it compiles, and shows what fits and what a picture takes."""
+        from crdiff_core.errors import RenderError, TooLittleMemoryError
+        from crdiff_core.ratios import GROUPS, BlockRatios
+
+        replica = self._replica
+        replica.set_ratios(BlockRatios(**dict.fromkeys(GROUPS, 0.3)))
+        num_steps, replica.num_steps = replica.num_steps, 1
+        began_s = 0.0
+        try:
+            for _ in range(1 if self._drawn_by["compile"] == "none" else 2):
+                began_s = time.monotonic()
+                replica.render(prompts)
+        except TooLittleMemoryError:
+            return self._unfit(0)
+        except RenderError:
+            pass  # Of one step it is no picture.
+        finally:
+            replica.num_steps = num_steps
+        num_fit = self._take_limit()
+        if num_fit < len(prompts):
+            return self._unfit(num_fit)
+        return {"picture_s": (time.monotonic() - began_s) * num_steps / len(prompts)}
+
+    def _take_limit(self) -> int:
+        """Return how many pictures memory let the replica draw at once, and forget it."""
+        limit, self._replica.batch_limit = self._replica.batch_limit, self._no_limit
+        return limit
+
+    def _unfit(self, num_fit: int) -> dict[str, Any]:
+        self._is_unfit = True
+        return {"num_fit": num_fit, "device": self._drawn_by["device"]}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial; the loaded replica stays."""
         return True
 
     def step(self) -> dict[str, Any]:
-        """Prune, draw and score one prompt batch."""
-        if not self._is_loaded:
+        """Load the model, or prune, draw and score one prompt batch."""
+        if self._is_unfit:
+            time.sleep(_IDLE_S)
+            return {"is_idle": True}
+        is_first = not self._is_loaded
+        if is_first:
             self._load()
-        from crdiff_core.errors import CRDiffError
+        from crdiff_core.errors import CRDiffError, TooLittleMemoryError
         from crdiff_core.evaluation import evaluate
         from crdiff_core.ratios import BlockRatios, Resolution
 
@@ -119,9 +178,12 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
         ratios = BlockRatios(**self.config["ratios"])
         numbered = self._prompts[self.config["prompts"]]
         prompts = [numbered[number] for number in self.config["batch"]]
+        is_new = len(prompts) > self._num_drawn
+        drawn_at = self.config["drawn_at"]
         try:
+            if is_first:
+                return self._warm_up(prompts)
             self._replica.poa_weight = self.config["poa_weight"]
-            drawn_at = self.config["drawn_at"]
             measured = evaluate(
                 self._replica,
                 ratios,
@@ -130,6 +192,12 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
                 drawn_at=None if drawn_at == "requested" else Resolution.parse(drawn_at),
                 keep=self.config["keep"],
             )
+        except TooLittleMemoryError as error:
+            self._take_limit()
+            if is_new and drawn_at == "requested":
+                return self._unfit(0)
+            # Where as many have fitted, somebody else has taken the memory for a while.
+            return {"failure": str(error), "transient": not is_new, "done": True}
         except CRDiffError as error:
             return {"failure": str(error), "transient": False, "done": True}
         except Exception as error:  # Whatever it is, the search goes on without this batch.
@@ -137,7 +205,16 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
                 raise  # Ray then starts another worker.
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             return {"failure": reason, "transient": True, "done": True}
-        return {"measured": measured, "done": True}
+        num_fit = self._take_limit()
+        if num_fit < len(prompts) and is_new:
+            return self._unfit(num_fit)
+        self._num_drawn = max(self._num_drawn, len(prompts))
+        return {
+            "measured": measured,
+            "drawn_by": self._drawn_by,
+            "redrawn": measured.redrawn or num_fit < len(prompts),
+            "done": True,
+        }
 
     def cleanup(self) -> None:
         """Free the replica."""

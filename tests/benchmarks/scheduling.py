@@ -23,7 +23,6 @@ from ray import tune
 
 from crdiff_core.ratios import GROUPS, BlockRatios
 from search.annealing import REFERENCE
-from search.batching import Batching
 from search.cluster import start_at_once
 from search.searchers import AnnealingSearch
 from tests.benchmarks.measuring import (
@@ -115,9 +114,7 @@ def trial_s(num_trials: int, num_workers: int, seconds: float) -> float:
     """Time each trial of a search on Ray Tune, from the first ones' end to the last one's."""
     ends: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        search = make_search(
-            Path(folder) / "ledger", "random", steps=num_trials, batching=Batching(7)
-        )
+        search = make_search(Path(folder) / "ledger", "random", steps=num_trials, batch_size=7)
         search.max_trials = num_workers
         start_at_once(num_workers)
 

@@ -20,7 +20,6 @@ from crdiff_core.evaluation import Measurement
 from crdiff_core.prompts import PromptSet, split_prompts
 from crdiff_core.ratios import GROUPS
 from search.annealing import DECIMALS
-from search.batching import Batching
 from search.budget import Budget
 from search.evaluation_search import METRIC, EvaluationSearch
 from search.ledger import SCHEMA, Ledger, Recipe
@@ -172,7 +171,7 @@ class PromptBatches:
             recipe=RECIPE,
             ledger=MemoryLedger(),
             budget=Budget(steps=1_000_000),
-            batching=Batching(batch_size),
+            batch_size=batch_size,
             race=getattr(searcher, "race", None),
         )
 

@@ -155,6 +155,14 @@ def test_settings_survive_json():
     assert Config.parse(config.model_dump(mode="json")) == config
 
 
+def test_a_batch_size_of_earlier_versions_is_auto():
+    raw = composed().model_dump(mode="json")
+    raw["render"]["batch_size"] = None
+    del raw["model"]["batch_size"], raw["trial"]["load_timeout_s"]
+
+    assert Config.parse(raw).render.batch_size == "auto"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -169,6 +177,8 @@ def test_settings_survive_json():
         ("res=24", "res: resolution 24 is not HEIGHTxWIDTH: write it as 480x360"),
         ("+foo=1", "foo: there is no such setting"),
         ("render.compile=fast", "render.compile: input should be 'none', 'blocks' or 'graphs'"),
+        ("render.batch_size=0", "render.batch_size: got 0: give auto or a count from 1 up"),
+        ("render.batch_size=true", "render.batch_size: got True: give auto or a count from 1 up"),
         ("render.size_conditioning=big", "render.size_conditioning: input should be 'requested'"),
         ("cluster.gpu_hour_price=-1", "cluster.gpu_hour_price: input should be greater than"),
         ("reward=image_reward reward.resize=224", "reward.resize: input should be 256 or 'none'"),

@@ -11,7 +11,6 @@ from crdiff_core.evaluation import Measurement
 from crdiff_core.prompts import split_prompts
 from crdiff_core.ratios import GROUPS, BlockRatios
 from search.baselines import baseline
-from search.batching import Batching
 from search.budget import Budget
 from search.evaluation_search import EvaluationSearch
 from search.ledger import Ledger, Recipe
@@ -61,7 +60,7 @@ def make_search(
     race=None,
     budget=None,
     annealing=None,
-    batching=None,
+    batch_size=3,
     run="this",
     recipe=RECIPE,
     **arguments,
@@ -78,7 +77,7 @@ def make_search(
         prompt_sets=PROMPTS,
         recipe=recipe,
         ledger=Ledger(folder, run=run, retry_failed=retry_failed),
-        batching=batching or Batching(3),
+        batch_size=batch_size,
         race=race,
         budget=Budget(steps, **(budget or {})),
         **{"ahead": 4, **arguments},

@@ -17,15 +17,21 @@ class Driver:
     def __init__(self):
         self.now = 100.0
         self.events = []
-        self.deadline = Deadline(
-            TIMEOUT_S, lambda name: self.events.append(("told", name)), clock=lambda: self.now
-        )
+        self.limit(TIMEOUT_S)
+
+    def limit(self, timeout_s, load_s=None):
+        """Begin anew with these limits."""
+        tell = lambda name: self.events.append(("told", name))  # noqa: E731
+        self.deadline = Deadline(timeout_s, tell, load_s, clock=lambda: self.now)
 
     def pass_s(self, seconds, *trials):
         """Let so much time pass, and look at the trials afterwards."""
         self.now += seconds
         self.deadline.on_step_begin(0, list(trials))
         return self.events
+
+    def report(self, trial, **result):
+        self.deadline.on_trial_result(0, [trial], trial, result)
 
 
 @pytest.fixture
@@ -35,8 +41,8 @@ def driver(monkeypatch):
     return made
 
 
-def trial(name, actor):
-    made = Trial("stub", stub=True, trial_id=name)
+def trial(name, actor, batch=(0,)):
+    made = Trial("stub", config={"batch": batch}, stub=True, trial_id=name)
     made.temporary_state.ray_actor = actor
     return made
 
@@ -106,3 +112,58 @@ def test_trials_are_looked_at_once_a_second(driver):
     assert driver.pass_s(TIMEOUT_S, slow) == []
     assert driver.pass_s(0.75, slow) == []
     assert driver.pass_s(0.25, slow) == [("told", "slow"), ("killed", "actor 1")]
+
+
+# --- loading, and slow workers ---------------------------------------------------------------
+
+KILLED = [("told", "slow"), ("killed", "actor 1")]
+
+
+def test_loading_has_a_limit_of_its_own(driver):
+    driver.limit(TIMEOUT_S, load_s=100)
+    slow = trial("slow", "actor 1")
+
+    driver.pass_s(1, slow)
+    assert driver.pass_s(100, slow) == []
+    assert driver.pass_s(1, slow) == KILLED
+
+
+def test_a_batchs_limit_begins_when_its_worker_is_loaded(driver):
+    driver.limit(TIMEOUT_S, load_s=100)
+    slow = trial("slow", "actor 1")
+
+    driver.pass_s(1, slow)
+    driver.pass_s(90, slow)
+    driver.report(slow, picture_s=0.1)
+    assert driver.pass_s(TIMEOUT_S, slow) == []
+    assert driver.pass_s(1, slow) == KILLED
+
+
+def test_a_slow_worker_has_three_times_what_its_pace_says(driver):
+    slow = trial("slow", "actor 1", batch=(0, 1, 2, 3))
+
+    driver.pass_s(1, slow)
+    driver.report(slow, picture_s=5.0)
+    assert driver.pass_s(60, slow) == []
+    assert driver.pass_s(1, slow) == KILLED
+
+
+def test_a_loaded_worker_stays_so_for_its_next_batch(driver):
+    driver.limit(TIMEOUT_S, load_s=100)
+    first, slow = trial("first", "actor 1"), trial("slow", "actor 1")
+
+    driver.pass_s(1, first)
+    driver.report(first, measured=None)
+    driver.pass_s(1, slow)
+    assert driver.pass_s(TIMEOUT_S, slow) == []
+    assert driver.pass_s(1, slow) == KILLED
+
+
+@pytest.mark.parametrize("load_s", [None, 100])
+def test_without_a_limit_a_batch_may_take_for_ever(driver, load_s):
+    driver.limit(None, load_s)
+    slow = trial("slow", "actor 1")
+
+    driver.pass_s(1, slow)
+    driver.report(slow, picture_s=1.0)
+    assert driver.pass_s(1e6, slow) == []

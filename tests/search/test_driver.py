@@ -1,13 +1,18 @@
 """The driver: what it does to a run's folder, and what a report that fails costs."""
 
+import io
 import json
 import os
 
 import pytest
+from rich.console import Console
 
 import search.report
+from crdiff_core.evaluation import Measurement
+from search import driver
 from search.driver import _begin_folder, _report
 from search.plan import Plan
+from search.progress import Progress
 from search.runs import RATIOS_FILE, REPORT_FILE, RUN_FILE
 from tests.conf.test_config import composed
 
@@ -75,3 +80,45 @@ def test_a_report_older_than_the_ratios_is_written_again(plan, monkeypatch):
     monkeypatch.setattr(search.report, "write_report", lambda plan: plan.folder / "written")
 
     assert _report(made) == made.folder / "written"
+
+
+# --- the batch size ------------------------------------------------------------------------------
+
+
+def measured(config):
+    """Stand in for a worker: a reward for each prompt of a trial's batch."""
+    num_prompts = len(config["batch"])
+    seconds = {"prune": 0.0, "render": 1.0, "score": 0.0}
+    return {"measured": Measurement((0.5,) * num_prompts, config["ratios"], seconds, num_prompts)}
+
+
+def test_a_batch_size_that_fits_no_worker_begins_the_search_anew_with_a_smaller_one(
+    tmp_path, monkeypatch, caplog
+):
+    batches = []
+
+    def fit(plan, command, settings):
+        while (config := plan.search.suggest("trial")) not in (None, "FINISHED"):
+            batches.append(len(config["batch"]))
+            if batches[-1] > 2:
+                report = {"num_fit": 2, "device": "a small GPU"}
+                plan.search.on_trial_result("trial", report)
+            else:
+                plan.search.on_trial_complete("trial", measured(config))
+
+    monkeypatch.setattr(driver, "_fit", fit)
+    monkeypatch.setattr(driver, "_report", lambda plan: None)
+    sizes = ("budget.steps=1", "prompts.search=4", "prompts.rerank=2", "prompts.validation=5")
+    config = composed(f"output={tmp_path}", "tracking=none", "report.pictures=0", *sizes)
+    driver.run(config, "command", Progress(Console(file=io.StringIO())))
+    folder = tmp_path / "shapes_24x40" / "annealing-seed0"
+
+    # What did not fit, then dense and a step on 4 prompts, and winner and dense on 5.
+    assert batches == [4, *[2] * (2 * 2 + 2 * 3)]
+    assert json.loads((folder / RUN_FILE).read_text())["batch_size"] == 2
+    best = json.loads((folder / RATIOS_FILE).read_text())
+    assert best["provenance"]["recipe"]["batch_size"] == 2
+    assert caplog.messages == [
+        "render.batch_size is 2 from now on: 4 pictures at once do not fit into the memory of a "
+        "small GPU, 2 do"
+    ]

@@ -2,18 +2,22 @@ import math
 import pickle
 import statistics
 from collections import Counter
-from dataclasses import replace
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.tune.search import Searcher
 
 from crdiff_core.ratios import BlockRatios
 from search.annealing import REFERENCE
-from search.batching import Batching
+from search.batching import batches, filled
 from search.ledger import Ledger
+from search.pictures import Pictures
 from search.racing import Race
 from search.space import Candidate
+from search.storage import Storage
 from tests.search.landscapes import PROMPTS, RECIPE, course, make_search, measure, reward_of, work
 
 BATCHES = {"search": 3, "rerank": 3, "validation": 4}
@@ -144,40 +148,171 @@ def test_a_transient_failure_is_tried_again_for_just_its_batch(tmp_path):
     assert course(search) == course(whole)
 
 
-def test_a_worker_with_too_little_memory_lowers_the_batch_size_for_the_rest(tmp_path):
-    sizes = []
+def parts_drawn(folder, num_workers=1, seed=0, **arguments):
+    """The trials of a search as the workers see them, with the prompts' numbers."""
+    drawn = []
 
-    def short_of_memory(ratios, prompts):
-        sizes.append(len(prompts))
-        return {"measured": replace(measure(ratios, prompts), batch_size=min(2, len(prompts)))}
+    def outcome(ratios, prompts):
+        drawn.append((ratios, tuple(prompt.text for prompt in prompts)))
+        return {"measured": measure(ratios, prompts)}
 
-    search = make_search(tmp_path)
-    work(search, outcome=short_of_memory)
-    whole = make_search(tmp_path / "whole")
-    work(whole)
-
-    assert sizes[0] == 3
-    assert set(sizes[1:]) == {2, 1}
-    assert search.batching.limit == 2
-    assert course(search) == course(whole)
+    search = make_search(folder, **arguments)
+    work(search, num_workers, outcome, seed=seed)
+    return drawn
 
 
-def test_the_last_batch_of_a_set_lowers_nothing(tmp_path):
-    search = make_search(tmp_path)
+@pytest.mark.parametrize("racing", [False, True])
+def test_a_prompt_always_has_the_same_neighbours_and_the_same_place(tmp_path, racing):
+    race = Race(alpha=0.3, stride=3) if racing else None
+    allowed = {
+        tuple(prompts.prompts[number].text for number in filled(batch, 3))
+        for prompts in PROMPTS.values()
+        for batch in batches(len(prompts), 3)
+    }
+    for num_workers in (1, 5):
+        drawn = parts_drawn(tmp_path / str(num_workers), num_workers, 7, race=race)
+        assert {texts for _, texts in drawn} <= allowed
+
+
+def test_what_fills_a_batch_up_is_dropped(tmp_path):
+    work(make_search(tmp_path))
+    rows = Ledger(tmp_path).table().to_pylist()
+
+    # Dense and 20 steps on 7 prompts in batches of 3; three on 8 and two on 10.
+    assert len(rows) == 21 * 7 + 3 * 8 + 2 * 10
+    assert len({(row["key"], row["prompt"], row["seed"]) for row in rows}) == len(rows)
+
+
+def test_a_batch_that_lacks_one_reward_is_drawn_as_a_whole_and_only_that_one_is_taken(tmp_path):
+    work(make_search(tmp_path, steps=1))
+    lost = PROMPTS["search"].prompts[4]
+    for file in tmp_path.glob("*.parquet"):
+        table = pq.read_table(file)
+        gone = pc.and_(pc.equal(table["prompt"], lost.text), pc.equal(table["down"], 0.0))
+        pq.write_table(table.filter(pc.invert(gone)), file)
+    before = Ledger(tmp_path).table().num_rows
+    drawn = parts_drawn(tmp_path, steps=1)
+
+    ((ratios, texts),) = drawn
+    assert ratios.is_dense
+    assert texts == tuple(PROMPTS["search"].prompts[number].text for number in (3, 4, 5))
+    assert Ledger(tmp_path).table().num_rows == before + 1
+
+
+def test_rewards_of_another_batch_size_are_not_taken(tmp_path):
+    work(make_search(tmp_path, batch_size=3))
+    other = make_search(tmp_path, batch_size=2)
+    work(other)
+
+    assert other.num_drawn == 21 * 7 + 3 * 8 + 2 * 10
+    again = make_search(tmp_path, batch_size=3)
+    assert again.replay()
+
+
+def test_a_chosen_few_are_drawn_singly(tmp_path):
+    sizes = Counter()
+
+    def outcome(ratios, prompts):
+        sizes[len(prompts)] += 1
+        return {"measured": measure(ratios, prompts)}
+
+    pictures = Pictures(Storage.at(tmp_path / "pictures"))
+    search = make_search(tmp_path, steps=2, pictures=pictures, num_shown=4)
+    work(search, outcome=outcome)
+    num_shown = len(search.of("pruned alone").prompts)
+
+    assert 2 <= num_shown <= 4
+    assert sizes == {1: num_shown, 3: 3 * 3 + 2 * 3 + 2 * 4}
+
+
+# --- workers with too little memory --------------------------------------------------------------
+
+
+def too_small(search, trial_id, num_fit):
+    search.on_trial_result(trial_id, {"num_fit": num_fit, "device": "a small GPU"})
+
+
+def test_the_first_worker_decides_how_small_batches_are(tmp_path):
+    search = make_search(tmp_path, batch_size=4, shrinks=True)
+    search.suggest("a")
+    too_small(search, "a", 2)
+
+    assert search.smaller_batch == 2
+    assert search.suggest("b") == Searcher.FINISHED
+    assert search.failure is None
+
+
+def test_a_number_that_was_asked_for_and_does_not_fit_is_an_error_that_names_it(tmp_path):
+    search = make_search(tmp_path, batch_size=4)
+    search.suggest("a")
+    too_small(search, "a", 2)
+
+    assert search.failure == (
+        "render.batch_size=4: 4 pictures at once do not fit into the memory of a small GPU, 2 do: "
+        "set it to 2, or to auto"
+    )
+
+
+def test_once_a_batch_has_fitted_a_smaller_worker_is_not_used(tmp_path, caplog):
+    search = make_search(tmp_path, shrinks=True)
+    search.max_trials = 2
+    first = search.suggest("a")
+    lost = search.suggest("b")
+    work_off(search, "a", first)
+    too_small(search, "b", 1)
+
+    assert caplog.messages == [
+        "a worker is not used: 3 pictures at once do not fit into the memory of a small GPU, 1 do"
+    ]
+    assert search.suggest("c") == lost
+    assert search.suggest("d") is None  # The other one has no room.
+    assert (search.smaller_batch, search.failure) == (None, None)
+
+
+def work_off(search, trial_id, config):
+    prompts = PROMPTS[config["prompts"]].prompts
+    batch = [prompts[number] for number in config["batch"]]
+    measured = measure(BlockRatios(**config["ratios"]), batch)
+    search.on_trial_complete(trial_id, {"measured": measured})
+
+
+def test_a_recorded_batch_size_does_not_shrink_and_with_no_other_worker_that_is_an_error(tmp_path):
+    search = make_search(tmp_path, shrinks=True, num_fit=3)
+    search.max_trials = 1
+    search.suggest("a")
+    too_small(search, "a", 2)
+
+    assert search.failure == (
+        "no worker can be used: 3 pictures at once do not fit into the memory of a small GPU, 2 "
+        "do: use a larger GPU, or begin anew with render.batch_size=2"
+    )
+
+
+def test_a_batch_size_is_settled_once_the_largest_batch_was_drawn(tmp_path):
+    search = make_search(tmp_path, batch_size=8)  # 7 prompts, 8, and 10 in two batches.
+    config = search.suggest("a")
+    work_off(search, "a", config)
+
+    assert len(config["batch"]) == 7
+    assert search.settled_batch_size is None
     work(search)
+    assert search.settled_batch_size == 8
 
-    assert search.batching.limit == 3
 
+def test_workers_that_differ_in_what_moves_digits_are_said_to(tmp_path):
+    devices = iter(["A100", "A100", "H100"])
 
-def test_the_batch_size_changes_no_reward(tmp_path):
-    courses = []
-    for size in (1, 4, 100):
-        search = make_search(tmp_path / str(size))
-        search.batching.fixed = search.batching.limit = size
-        work(search)
-        courses.append(course(search))
+    def outcome(ratios, prompts):
+        drawn_by = {"device": next(devices, "A100"), "torch": "2.9"}
+        return {"measured": measure(ratios, prompts), "drawn_by": drawn_by}
 
-    assert courses[0] == courses[1] == courses[2]
+    search = make_search(tmp_path)
+    assert search.mixed is None
+    work(search, outcome=outcome)
+
+    expected = "Its rewards were drawn with device A100 and H100, so last digits differ."
+    assert search.mixed == expected
+    assert _replayed(tmp_path).mixed == expected
 
 
 def test_a_dense_model_that_cannot_be_evaluated_ends_the_search(tmp_path):
@@ -265,23 +400,20 @@ def test_a_ledger_that_cannot_be_written_ends_the_search(tmp_path, monkeypatch):
     assert work(again) == 21 * 3 + 3 * 3 + 2 * 4 - 5
 
 
-def test_a_prompt_that_always_fails_is_tried_as_often_as_asked_however_batches_are_cut(tmp_path):
+def test_a_batch_that_always_fails_is_tried_as_often_as_asked(tmp_path):
     tries = Counter()
 
     def one_fails(ratios, prompts):
         if ratios.is_dense:  # If it failed, that would be the end.
             return {"measured": measure(ratios, prompts)}
-        if "prompt 0" in {prompt.text for prompt in prompts}:
+        if PROMPTS["search"].prompts[0] in prompts:
             tries[ratios] += 1
             return {"failure": "lost", "transient": True}
-        # The batches of the first evaluation become smaller while its first one is under way.
-        return {"measured": replace(measure(ratios, prompts), batch_size=1)}
+        return {"measured": measure(ratios, prompts)}
 
     search = make_search(tmp_path, steps=1, max_failures=2)
-    search.batching.fixed = search.batching.limit = 4
     work(search, num_workers=2, outcome=one_fails, seed=3)
 
-    assert search.batching.limit == 1
     assert list(tries.values()) == [3]
 
 
@@ -324,10 +456,11 @@ def test_any_number_of_workers_gives_the_same_course(
     given = {
         "race": Race(alpha=0.3, stride=2) if racing else None,
         "annealing": {"chains": chains},
+        "batch_size": batch_size,
     }
     one = make_search(tmp_path_factory.mktemp("one"), **given)
     work(one, outcome=failing_at_random(flaky))
-    many = make_search(tmp_path_factory.mktemp("many"), batching=Batching(batch_size), **given)
+    many = make_search(tmp_path_factory.mktemp("many"), **given)
     work(many, num_workers, failing_at_random(flaky), seed=seed)
 
     assert course(many) == course(one)
@@ -351,7 +484,7 @@ def failing_at_random(flaky):
 
 
 def test_evaluations_that_the_chain_passed_by_are_stopped_and_keep_their_rewards(tmp_path):
-    search = make_search(tmp_path, batching=Batching(1))
+    search = make_search(tmp_path, batch_size=1)
     work(search, num_workers=30)
     stopped = [e for e in search.evaluations if e.is_stopped]
     taken = {step.evaluation.key for step in search.steps}
@@ -380,7 +513,7 @@ def test_a_stopped_evaluation_can_be_completed_later_from_its_rows(tmp_path):
 
 
 def test_one_evaluations_batches_come_before_speculation(tmp_path):
-    search = make_search(tmp_path, batching=Batching(1))
+    search = make_search(tmp_path, batch_size=1)
     work(search, max_trials=7)  # The dense baseline.
     handed_out = [search.suggest(str(i))["ratios"] for i in range(9)]
 
@@ -479,9 +612,9 @@ def test_a_budget_ends_the_search_cleanly_and_a_larger_one_extends_it(
             budget=budget,
             clock=clock,
             earlier_wall_s=run.wall_s,
-            batching=Batching(7),
+            batch_size=7,
         )
-        search.batching.num_workers = num_workers
+        search.max_trials = num_workers
         if not search.replay():
             work(search, num_workers, seed=1, clock=clock)
         run.wall_s = search.wall_s
@@ -491,7 +624,7 @@ def test_a_budget_ends_the_search_cleanly_and_a_larger_one_extends_it(
     short = run(budget, Clock())
     again = run(budget, Clock())
     longer = run({name: 2 * value for name, value in budget.items()}, Clock())
-    whole = make_search(tmp_path.with_name(tmp_path.name + "whole"), searcher)
+    whole = make_search(tmp_path.with_name(tmp_path.name + "whole"), searcher, batch_size=7)
     work(whole)
 
     ((name, limit),) = budget.items()
@@ -520,8 +653,8 @@ class Clock:
 
 
 def test_the_use_of_a_search_counts_every_picture_once_over_its_sessions(tmp_path):
-    work(make_search(tmp_path, batching=Batching(1)), num_workers=5, max_trials=60)
-    search = make_search(tmp_path, batching=Batching(1))
+    work(make_search(tmp_path, batch_size=1), num_workers=5, max_trials=60)
+    search = make_search(tmp_path, batch_size=1)
     work(search, num_workers=3)
     rows = Ledger(tmp_path).table().num_rows
 

@@ -8,7 +8,6 @@ import pytest
 
 from crdiff_core.prompts import PromptSet
 from crdiff_core.ratios import BlockRatios
-from search.batching import Batching
 from search.evaluations import NUM_KEPT, Evaluations
 from search.ledger import Ledger
 from search.pictures import Pictures
@@ -25,9 +24,7 @@ NUM_SEARCH = len(PROMPTS["search"])
 def opened(folder, size=3, max_failures=2, retry_failed=False, prompt_sets=PROMPTS, **arguments):
     """Evaluations of a session that has just begun."""
     ledger = Ledger(folder / "ledger", run="this", retry_failed=retry_failed)
-    return Evaluations(
-        ledger, RECIPE, prompt_sets, Batching(size), max_failures=max_failures, **arguments
-    )
+    return Evaluations(ledger, RECIPE, prompt_sets, size, max_failures=max_failures, **arguments)
 
 
 @pytest.fixture
@@ -45,26 +42,27 @@ def failed(reason="lost", transient=True):
     return {"failure": reason, "transient": transient}
 
 
-def take(work, evaluation):
+def take(evaluation):
     """The next batch that is to be drawn."""
-    return work.cut(evaluation)
+    return evaluation.todo.popleft()
 
 
-def take_all(work, evaluation):
+def take_all(evaluation):
     batches = []
     while evaluation.todo:
-        batches.append(take(work, evaluation))
+        batches.append(take(evaluation))
     return batches
 
 
 def left(evaluation):
     """The prompts that no trial draws yet."""
-    return list(evaluation.todo)
+    waiting = [number for batch in evaluation.todo for number in batch]
+    return [number for number in waiting if number in evaluation.missing]
 
 
 def draw(work, evaluation, **changes):
     """Draw whatever is missing, and close the evaluation."""
-    for batch in take_all(work, evaluation):
+    for batch in take_all(evaluation):
         work.settle(evaluation, batch, measured(evaluation, batch, **changes))
     return work.close(evaluation)
 
@@ -79,7 +77,7 @@ def drawn(work, kind="search", candidate=CANDIDATE, prompts="search", **changes)
 @pytest.mark.parametrize("size", [1, 3, NUM_SEARCH, 100])
 def test_batches_cover_every_prompt_once_in_order(tmp_path, size):
     work = opened(tmp_path, size)
-    batches = take_all(work, work.begin("search", CANDIDATE, "search"))
+    batches = take_all(work.begin("search", CANDIDATE, "search"))
 
     assert sum(batches, ()) == tuple(range(NUM_SEARCH))
     assert max(len(batch) for batch in batches) == min(size, NUM_SEARCH)
@@ -88,7 +86,7 @@ def test_batches_cover_every_prompt_once_in_order(tmp_path, size):
 def test_a_trial_names_the_prompts_by_their_place_in_the_whole_set(work):
     candidate = replace(OTHER, poa_weight=1.0, drawn_at="48x80")
     evaluation = work.begin("resized", candidate, "validation", numbers=[2, 5, 9])
-    batches = take_all(work, evaluation)
+    batches = take_all(evaluation)
     trials = [evaluation.trial(batch, keep=True) for batch in batches]
 
     assert [number for trial in trials for number in trial["batch"]] == [2, 5, 9]
@@ -126,7 +124,7 @@ def test_a_settled_batch_leaves_its_pictures_in_their_folder_and_not_in_the_resu
     work = opened(tmp_path, pictures=pictures)
     evaluation = work.begin("search", CANDIDATE, "search")
     # The second batch comes first.
-    batches = take_all(work, evaluation)
+    batches = take_all(evaluation)
     result = measured(evaluation, batches[1], pictures={0: b"fourth"})
     work.settle(evaluation, batches[1], result)
 
@@ -162,7 +160,7 @@ def test_an_evaluation_is_the_mean_over_all_its_prompts(work, kind, candidate, p
 
 def test_rewards_are_in_the_order_of_the_prompts_whenever_they_came(work):
     evaluation = work.begin("search", CANDIDATE, "search")
-    batches = take_all(work, evaluation)
+    batches = take_all(evaluation)
     first = []
     for batch in reversed(batches):
         work.settle(evaluation, batch, measured(evaluation, batch))
@@ -176,7 +174,7 @@ def test_rewards_are_in_the_order_of_the_prompts_whenever_they_came(work):
 def test_what_the_ledger_knows_is_not_handed_out_again(tmp_path):
     first = opened(tmp_path)
     begun = first.begin("search", CANDIDATE, "search")
-    batch = take(first, begun)
+    batch = take(begun)
     first.settle(begun, batch, measured(begun, batch))
     rest = list(range(len(batch), NUM_SEARCH))
     again = opened(tmp_path)
@@ -230,10 +228,10 @@ def test_the_ledger_says_which_candidate_a_row_is_of(tmp_path):
 
 def test_a_trial_that_ended_before_it_began_gives_its_batch_back(work):
     evaluation = work.begin("search", CANDIDATE, "search")
-    batch = take(work, evaluation)
+    batch = take(evaluation)
     work.settle(evaluation, batch, None)
 
-    assert take(work, evaluation) == batch
+    assert take(evaluation) == batch
     assert evaluation.num_failures.total() == 0
 
 
@@ -241,11 +239,11 @@ def test_a_trial_that_ended_before_it_began_gives_its_batch_back(work):
 def test_a_transient_failure_that_stays_fails_the_evaluation(tmp_path, max_failures):
     work = opened(tmp_path, max_failures=max_failures)
     evaluation = work.begin("search", CANDIDATE, "search")
-    first = take(work, evaluation)
+    first = take(evaluation)
     for _ in range(max_failures):
         work.settle(evaluation, first, failed())
         assert evaluation.failure is None
-        assert take(work, evaluation) == first
+        assert take(evaluation) == first
     work.settle(evaluation, first, failed())
 
     assert evaluation.failure == "lost"
@@ -254,7 +252,7 @@ def test_a_transient_failure_that_stays_fails_the_evaluation(tmp_path, max_failu
 
 def test_a_failure_that_is_not_transient_is_not_tried_again(work):
     evaluation = work.begin("search", CANDIDATE, "search")
-    batch = take(work, evaluation)
+    batch = take(evaluation)
     work.settle(evaluation, batch, failed("NaN pictures", transient=False))
 
     assert evaluation.failure == "NaN pictures"
@@ -265,9 +263,9 @@ def test_each_batch_may_fail_as_often_as_allowed(tmp_path):
     work = opened(tmp_path, max_failures=1)
     evaluation = work.begin("search", CANDIDATE, "search")
     while evaluation.todo:
-        batch = take(work, evaluation)
+        batch = take(evaluation)
         work.settle(evaluation, batch, failed())
-        assert take(work, evaluation) == batch
+        assert take(evaluation) == batch
         work.settle(evaluation, batch, measured(evaluation, batch))
 
     assert work.close(evaluation).is_complete
@@ -275,7 +273,7 @@ def test_each_batch_may_fail_as_often_as_allowed(tmp_path):
 
 def test_a_failed_evaluation_has_its_reason_and_no_reward(work):
     evaluation = work.begin("search", CANDIDATE, "search")
-    good, bad = take(work, evaluation), take(work, evaluation)
+    good, bad = take(evaluation), take(evaluation)
     work.settle(evaluation, good, measured(evaluation, good))
     work.settle(evaluation, bad, failed("NaN pictures", transient=False))
     closed = work.close(evaluation)
@@ -292,7 +290,7 @@ def test_a_failed_evaluation_has_its_reason_and_no_reward(work):
 def test_a_recorded_failure_is_tried_again_only_if_asked_for(tmp_path):
     work = opened(tmp_path)
     evaluation = work.begin("search", CANDIDATE, "search")
-    batch = take(work, evaluation)
+    batch = take(evaluation)
     work.settle(evaluation, batch, failed("NaN pictures", transient=False))
     again = opened(tmp_path).begin("search", CANDIDATE, "search")
     asked = opened(tmp_path, retry_failed=True).begin("search", CANDIDATE, "search")
@@ -305,7 +303,7 @@ def test_a_recorded_failure_is_tried_again_only_if_asked_for(tmp_path):
 
 def test_a_batch_that_cannot_be_recorded_stays_missing(work, monkeypatch):
     evaluation = work.begin("search", CANDIDATE, "search")
-    batch = take(work, evaluation)
+    batch = take(evaluation)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -346,7 +344,7 @@ def test_of_a_candidate_the_last_search_evaluation_counts(work):
 
 def test_a_stopped_evaluation_has_the_rewards_so_far_and_its_estimate(work):
     evaluation = work.begin("search", CANDIDATE, "search")
-    batch = take(work, evaluation)
+    batch = take(evaluation)
     work.settle(evaluation, batch, measured(evaluation, batch))
     stopped = work.close(evaluation, is_stopped=True, estimate=0.25)
 
@@ -368,7 +366,7 @@ def test_one_prompt_has_a_mean_and_no_standard_error(tmp_path):
 
 def test_time_is_summed_by_stage_and_memory_is_the_peak(work):
     evaluation = work.begin("search", CANDIDATE, "search")
-    batches = take_all(work, evaluation)
+    batches = take_all(evaluation)
     for number, batch in enumerate(batches):
         seconds = {"prune": 0.5, "render": 2.0 * len(batch), "score": 0.25}
         # The last worker has no GPU.
@@ -395,7 +393,7 @@ def test_what_was_not_measured_is_left_out(work):
 
 def test_the_sparsity_is_of_a_batch_that_was_drawn(work):
     evaluation = work.begin("search", CANDIDATE, "search")
-    bad, good = take(work, evaluation), take(work, evaluation)
+    bad, good = take(evaluation), take(evaluation)
     work.settle(evaluation, bad, failed(transient=False))
     work.settle(evaluation, good, measured(evaluation, good))
 

@@ -244,7 +244,10 @@ def test_the_dense_model_is_first_then_the_steps_then_the_end(finished):
         assert (row["chain"], row["event"]) == (step.chain, step.event)
         assert row["temperature"] == step.temperature
         assert row["lost_race"] is False
-    assert rows[-1]["ledger_key"] == finished.search.winner.key
+    assert rows[-1]["ledger_key"] == finished.search.of("validation").key
+    assert [rows[-1][group] for group in GROUPS] == [
+        finished.search.winner.ratios[group] for group in GROUPS
+    ]
     assert rows[-1]["standard_error"] == finished.search.of("validation").standard_error
 
 

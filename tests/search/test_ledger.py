@@ -13,7 +13,7 @@ import pytest
 from crdiff_core.evaluation import Measurement
 from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import BlockRatios
-from search.ledger import SCHEMA, STAGES, Ledger, LedgerError
+from search.ledger import DRAWN_BY, SCHEMA, STAGES, Ledger, LedgerError
 from search.storage import StorageError
 from tests.search.landscapes import RECIPE
 
@@ -42,12 +42,7 @@ def test_rows_say_what_they_are_of(tmp_path):
 
     assert (row["prompt"], row["seed"], row["reward"]) == ("another", 8, -1.5)
     assert (row["down"], row["mid"], row["up"], row["poa_weight"]) == (0.3, 0.2, 0.1, 1.5)
-    assert (row["model"], row["height"], row["width"], row["batch_size"]) == (
-        "analytic",
-        24,
-        40,
-        2,
-    )
+    assert (row["model"], row["height"], row["width"]) == ("analytic", 24, 40)
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(RECIPE)])
@@ -161,7 +156,7 @@ def test_a_write_that_fails_keeps_what_was_there_and_no_draft(tmp_path, monkeypa
 def test_ledgers_from_before_some_columns_still_count(tmp_path):
     written(tmp_path)
     file = next(tmp_path.glob("*.parquet"))
-    late = ["size_conditioning", "drawn_at", "negative_prompt", "memory_gib"]
+    late = ["size_conditioning", "drawn_at", "negative_prompt", "memory_gib", "redrawn", *DRAWN_BY]
     late += [f"{stage}_seconds" for stage in STAGES]
     pq.write_table(pq.read_table(file).drop_columns(late), file)
 
@@ -180,7 +175,8 @@ def test_stages_and_memory_come_back_by_picture(tmp_path):
 
 def test_the_key_is_of_what_a_reward_depended_on_at_first(tmp_path):
     parts = {**asdict(RECIPE), "ratios": RATIOS.as_dict()}
-    del parts["size_conditioning"], parts["drawn_at"], parts["negative_prompt"]
+    for later in ("size_conditioning", "drawn_at", "negative_prompt", "batch_size"):
+        del parts[later]
     expected = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     assert RECIPE.key(RATIOS) == expected
@@ -192,7 +188,69 @@ def test_the_empty_negative_prompt_is_another_key_than_the_pipelines_own():
     assert len(keys) == 3
 
 
-def test_a_batch_drawn_in_parts_says_how_many_at_once(tmp_path):
-    written(tmp_path, replace(MEASURED, batch_size=1))
+# --- batches -------------------------------------------------------------------------------------
 
-    assert Ledger(tmp_path).table()["batch_size"].to_pylist() == [1, 1]
+
+def test_rows_say_how_many_were_drawn_at_once(tmp_path):
+    ledger = Ledger(tmp_path, own_batch_size=16)
+    for recipe in (RECIPE, replace(RECIPE, batch_size=4)):
+        ledger.append(recipe, RATIOS, PROMPTS, MEASURED)
+
+    assert ledger.table()["batch_size"].to_pylist() == [16, 16, 4, 4]
+
+
+def test_rows_from_before_it_was_part_of_the_key_are_known_by_their_batch_size(tmp_path):
+    eight = replace(RATIOS, mid=0.3)
+    for ratios, batch_size in ((RATIOS, 16), (eight, 8)):
+        Ledger(tmp_path).append(RECIPE, ratios, PROMPTS, MEASURED)
+        file = max(tmp_path.iterdir())
+        rows = pq.read_table(file, schema=SCHEMA).drop_columns(["redrawn", *DRAWN_BY]).to_pylist()
+        rows = [row | {"batch_size": batch_size} for row in rows]
+        assert {row["key"] for row in rows} == {RECIPE.key(ratios)}
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
+    ledger = Ledger(tmp_path, own_batch_size=16)
+
+    # Those of the model's own number are still called as they were.
+    assert ledger.get(RECIPE.key(RATIOS), PROMPTS[0]).reward == 0.25
+    assert ledger.get(RECIPE.key(eight), PROMPTS[0]) is None
+    assert ledger.get(replace(RECIPE, batch_size=8).key(eight), PROMPTS[0]).reward == 0.25
+    assert {each.ratios for each in ledger.candidates.values()} == {RATIOS, eight}
+
+
+def test_the_models_own_number_may_change_without_mixing_rewards(tmp_path):
+    Ledger(tmp_path, own_batch_size=4).append(RECIPE, RATIOS, PROMPTS, MEASURED)
+    measured_since = Ledger(tmp_path, own_batch_size=8)
+
+    assert measured_since.get(RECIPE.key(RATIOS), PROMPTS[0]) is None
+    assert measured_since.get(replace(RECIPE, batch_size=4).key(RATIOS), PROMPTS[0]) is not None
+
+
+def test_a_row_is_never_written_twice(tmp_path):
+    ledger = written(tmp_path)
+
+    assert ledger.append(RECIPE, RATIOS, PROMPTS, replace(MEASURED, rewards=(9.0, 9.0))) == 0
+    third = Prompt("a third", "p2", 9)
+    three = replace(MEASURED, rewards=(9.0, 9.0, 0.5), seconds={"render": 3.0})
+    assert ledger.append(RECIPE, RATIOS, [*PROMPTS, third], three) == 1
+    assert ledger.table()["reward"].to_pylist() == [0.25, -1.5, 0.5]
+    # Whatever was dropped, what the batch took was paid.
+    assert ledger.get(RECIPE.key(RATIOS), third).seconds == 3.0
+
+
+def test_what_filled_a_batch_up_is_no_row(tmp_path):
+    written(tmp_path, replace(MEASURED, rewards=(0.25, -1.5, -1.5)))
+
+    assert Ledger(tmp_path).table().num_rows == 2
+
+
+def test_rows_say_what_else_moves_their_digits(tmp_path):
+    drawn_by = {"device": "NVIDIA H200", "torch": "2.9.1", "compile": "none"}
+    ledger = Ledger(tmp_path)
+    ledger.append(RECIPE, RATIOS, PROMPTS[:1], MEASURED, drawn_by=drawn_by, redrawn=True)
+    ledger.append(RECIPE, RATIOS, PROMPTS[1:], MEASURED)
+    first, second = Ledger(tmp_path).table().to_pylist()
+
+    assert {name: first[name] for name in DRAWN_BY} == drawn_by
+    assert (first["redrawn"], second["redrawn"]) == (True, None)
+    assert Ledger(tmp_path).get(RECIPE.key(RATIOS), PROMPTS[0]).drawn_by == drawn_by
+    assert Ledger(tmp_path).get(RECIPE.key(RATIOS), PROMPTS[1]).drawn_by == {}

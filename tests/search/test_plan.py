@@ -1,6 +1,8 @@
 """A plan: which prompts, seeds and options the settings come to."""
 
 import hashlib
+import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +12,7 @@ from search.config import ConfigError
 from search.driver import _begin_folder as begin_folder
 from search.ledger import Ledger
 from search.plan import Plan, choose_prompts
+from search.runs import RUN_FILE
 from tests.conf.test_config import composed
 
 SIZES = ("prompts.search=4", "prompts.rerank=3", "prompts.validation=5")
@@ -194,7 +197,8 @@ def test_a_warm_start_is_what_there_was_when_the_search_began(tmp_path):
     def evaluate(down):
         ratios = BlockRatios(down, 0.3, 0.3)
         measured = Measurement((0.5,) * 4, ratios.as_dict(), {"render": 1.0}, 4)
-        Ledger(cold.folder.parent / "ledger").append(cold.recipe, ratios, prompts, measured)
+        recipe = replace(cold.recipe, batch_size=4)
+        Ledger(cold.folder.parent / "ledger").append(recipe, ratios, prompts, measured)
 
     warm = ("searcher=tpe", "searcher.warm_start=true")
     evaluate(0.4)
@@ -206,3 +210,55 @@ def test_a_warm_start_is_what_there_was_when_the_search_began(tmp_path):
 
     assert [each.ratios.down for each in first.search.warm_start] == [0.4]
     assert again.search.warm_start == first.search.warm_start
+
+
+# --- the batch size ------------------------------------------------------------------------------
+
+
+def recorded(made, batch_size):
+    made.folder.make()
+    made.folder.write(RUN_FILE, json.dumps({"key": made.key, "batch_size": batch_size}).encode())
+
+
+def test_a_model_has_its_own_batch_size(tmp_path, sdxl_folder):
+    sdxl = ("model=sdxl", f"model.path='{sdxl_folder}'", "reward=shapes", "prompts=shapes")
+
+    assert plan(tmp_path).search.batch_size == 16
+    assert plan(tmp_path, *sdxl, "res=16x24").search.batch_size == 4
+
+
+def test_what_auto_came_to_is_kept_for_the_search_and_no_other_search_by_it(tmp_path):
+    first = plan(tmp_path)
+    recorded(first, 2)
+
+    assert plan(tmp_path).search.batch_size == 2
+    assert plan(tmp_path).key == first.key
+    assert plan(tmp_path, "render.batch_size=3").search.batch_size == 3
+    assert plan(tmp_path, "seed=1").search.batch_size == 16
+
+
+def test_a_batch_size_that_is_not_autos_is_another_search(tmp_path):
+    assert plan(tmp_path, "render.batch_size=16").key == plan(tmp_path).key
+    assert plan(tmp_path, "render.batch_size=8").key != plan(tmp_path).key
+
+
+@pytest.mark.parametrize(
+    ("overrides", "batch_size", "stride"),
+    [
+        ((), 8, 8),
+        (("racing.stride=3",), 3, 3),
+        (("render.batch_size=5",), 5, 10),
+        # 12 in a batch of the 24.
+        (("render.batch_size=16",), 16, 12),
+    ],
+)
+def test_a_race_is_looked_at_after_whole_batches(tmp_path, overrides, batch_size, stride):
+    made = plan(tmp_path, "racing=on", "prompts.search=24", *overrides)
+
+    assert made.search.batch_size == batch_size
+    assert made.searcher.race.stride == stride
+
+
+def test_a_race_of_one_batch_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"prompts\.search=24, 24 drawn at once, is over before"):
+        plan(tmp_path, "racing=on", "prompts.search=24", "render.batch_size=32")

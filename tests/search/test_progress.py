@@ -177,7 +177,7 @@ def test_what_is_to_come_is_what_will_be_drawn(tmp_path):
 
 
 def test_money_is_spent_by_the_hour_of_drawing(tmp_path):
-    search = make_search(tmp_path)
+    search = make_search(tmp_path, batch_size=1)
     work(search)
     standing = Standing.of(search)
 

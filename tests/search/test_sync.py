@@ -42,7 +42,7 @@ def test_a_server_keeps_them_where_it_likes(experiment_of):
 
 
 def test_charts_follow_from_the_steps_alone(tmp_path):
-    search = make_search(tmp_path / "ledger", steps=20)
+    search = make_search(tmp_path / "ledger", steps=20, batch_size=1)
     work(search, num_workers=3)
     charts = Charts()
     points = [charts.take(step) for step in search.steps]

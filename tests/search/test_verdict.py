@@ -19,6 +19,7 @@ from search.storage import Storage
 from search.sync import _summary as note_of
 from tests.benchmarks import verdicts
 from tests.conf.test_config import composed
+from tests.search.test_estimate import TIMING
 from tests.search.test_report import page_of, searched, text_of
 
 
@@ -255,7 +256,7 @@ def test_one_verdict_needs_no_note_on_many(tmp_path):
 )
 def test_the_dry_run_says_when_there_will_be_no_verdict(tmp_path, any_prompt, arguments, line):
     plan = Plan.make(composed(f"output={tmp_path}", *arguments))
-    figures = {field.name: 1 for field in fields(Estimate)} | {"plan": plan, "device": "cpu"}
+    figures = {field.name: 1 for field in fields(Estimate)} | {"plan": plan, "timing": TIMING}
     told = [each for each in Estimate(**figures).lines() if each.startswith("verdict")]
 
     assert len(told) == (line is not None)
