@@ -1,5 +1,7 @@
 """A worker whose memory is too small for the search's batches, on real Ray."""
 
+import time
+
 import pytest
 from ray import tune
 
@@ -10,6 +12,7 @@ from search.trial import RatioTrial
 from tests.search.landscapes import PROMPTS, course, make_search, measure, work
 
 pytestmark = pytest.mark.services
+PATIENCE_S = 100
 
 
 class Small(RatioTrial):
@@ -29,22 +32,28 @@ class Small(RatioTrial):
             return super().step()
         if not self._is_loaded:
             self._is_loaded = True
-            with open(self._counter, "a+") as file:
+            with self._counter.open("a") as file:
                 file.write("x")
-                file.seek(0)
-                if len(file.read()) == 2:
-                    return self._unfit(1)
+            if self._num_begun() == 2:
+                return self._unfit(1)
             return {"picture_s": 0.0}
+        # Else it may have drawn all before the other one begins.
+        deadline_s = time.monotonic() + PATIENCE_S
+        while self._num_begun() < 2 and time.monotonic() < deadline_s:
+            time.sleep(0.02)
         prompts = PROMPTS[self.config["prompts"]].prompts
         batch = [prompts[number] for number in self.config["batch"]]
         return {"measured": measure(BlockRatios(**self.config["ratios"]), batch), "done": True}
+
+    def _num_begun(self):
+        return len(self._counter.read_text())
 
 
 def test_it_is_given_no_batch_and_the_search_ends_without_it(tmp_path, module_ray, caplog):
     search = make_search(tmp_path / "ledger", steps=5, num_fit=3)
     search.max_trials = 2
     start_at_once(2)
-    trainable = tune.with_parameters(Small, setup=b"", counter=str(tmp_path / "counter"))
+    trainable = tune.with_parameters(Small, setup=b"", counter=tmp_path / "counter")
     tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1}),
         tune_config=tune.TuneConfig(search_alg=search, num_samples=-1, reuse_actors=True),

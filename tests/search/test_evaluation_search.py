@@ -200,12 +200,12 @@ def test_a_batch_that_lacks_one_reward_is_drawn_as_a_whole_and_only_that_one_is_
 
 
 def test_rewards_of_another_batch_size_are_not_taken(tmp_path):
-    work(make_search(tmp_path, batch_size=3))
-    other = make_search(tmp_path, batch_size=2)
+    work(make_search(tmp_path, steps=4, batch_size=3))
+    other = make_search(tmp_path, steps=4, batch_size=2)
     work(other)
 
-    assert other.num_drawn == 21 * 7 + 3 * 8 + 2 * 10
-    again = make_search(tmp_path, batch_size=3)
+    assert other.num_drawn == 5 * 7 + 3 * 8 + 2 * 10
+    again = make_search(tmp_path, steps=4, batch_size=3)
     assert again.replay()
 
 
