@@ -35,7 +35,8 @@ class Measurement:
     batch_size: pictures drawn at once; fewer than the prompts if they did not fit into memory.
     memory_gib: the GPU's peak, allocated by torch; None on a CPU.
     pictures:   those that were to be kept, by their place in the batch: files of PNG or JPEG.
-    redrawn:    whether a first try had failed, so that its digits may differ.
+    redrawn:    whether a first try had failed, or fewer pictures than usual were decoded or scored
+                at once, so that its digits may differ.
     """
 
     rewards: tuple[float, ...]
@@ -95,6 +96,7 @@ def _measure(work: _Work, began: float, wasted_s: float = 0.0) -> Measurement:
     on_gpu = replica.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(replica.device)
+    num_shortages = replica.num_shortages
     marks = [began]
     replica.set_ratios(work.ratios)
     marks.append(_now(replica.device))
@@ -124,6 +126,7 @@ def _measure(work: _Work, began: float, wasted_s: float = 0.0) -> Measurement:
         batch_size=min(len(prompts), replica.batch_limit),
         memory_gib=peak,
         pictures=_kept(images, work.keep),
+        redrawn=replica.num_shortages > num_shortages,
     )
 
 

@@ -125,6 +125,8 @@ class Replica:
                 )
             size = (size_conditioning.height, size_conditioning.width)
             self._sizes = {"original_size": size, "target_size": size}
+        self.num_shortages = 0
+        """How often pictures had to be decoded or scored in smaller portions for want of memory."""
         self._embedding = lru_cache(_NUM_CACHED)(self._embed)
         self._noise = lru_cache(_NUM_CACHED)(self._draw_noise)
         if compile != "none":
@@ -229,6 +231,7 @@ class Replica:
             if num_tried == 1:
                 raise self._too_large()
             at_once = num_tried // 2
+            self.num_shortages += 1
             self._free_memory()
         return results
 

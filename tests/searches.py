@@ -17,8 +17,6 @@ SMALL = (
     "prompts.search=8",
     "prompts.rerank=4",
     "prompts.validation=8",
-    # Batches of another size differ in the last digits.
-    "render.batch_size=4",
 )
 # What a search must keep to itself: FINISHED has them in its environment.
 SECRETS = (

@@ -305,6 +305,9 @@ def test_too_little_memory_for_the_reward_scores_fewer_and_draws_nothing_again(r
     assert reward.tried == [3, 1, 1, 1]
     assert drawn == [3]
     assert (measured.rewards, measured.batch_size) == (expected.rewards, 3)
+    # Digits may differ, so the ledger marks it; what comes later has the memory again.
+    assert (expected.redrawn, measured.redrawn) == (False, True)
+    assert not evaluate(replica, RATIOS, PROMPTS, Brightness()).redrawn
 
 
 def test_a_picture_that_cannot_be_scored_alone_is_an_error_in_one_line(replica):

@@ -387,6 +387,7 @@ def test_too_little_memory_for_the_decoder_decodes_fewer_and_draws_no_step_again
         torch.testing.assert_close(replica.render(prompts), expected, atol=1e-5, rtol=0)
     assert decoder.tried == [5, 2, 2, 1]
     assert [len(each) for each in samples] == [5]
+    assert replica.num_shortages == 1
     # Memory may be there again, and how many are decoded at once moves digits.
     decoder.at_most = 5
     replica.render(prompts)

@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 import crdiff_core
 from crdiff_core.models import Model
 from search import run, sync
+from search.batching import batch_length, batches, filled
 from search.export import load_plan
 from search.lease import Lease
 from search.runs import Run
@@ -167,15 +168,13 @@ def test_rewards_do_not_depend_on_who_draws_them(finished):
         poa_weight=plan.recipe.poa_weight,
     )
     reward = load_reward("shapes")
-    prompts, size = winner.prompts.prompts, plan.search.batching.size(8)
-    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    rewards = [
-        value
-        for batch in batches
-        for value in evaluate(replica, winner.ratios, batch, reward).rewards
-    ]
+    prompts, size = winner.prompts.prompts, plan.search.batch_size
+    rewards = []
+    for batch in batches(len(prompts), size):
+        drawn = [prompts[number] for number in filled(batch, batch_length(len(prompts), size))]
+        rewards += evaluate(replica, winner.ratios, drawn, reward).rewards[: len(batch)]
 
-    assert rewards == pytest.approx(list(winner.rewards), abs=1e-5)
+    assert rewards == list(winner.rewards)
 
 
 def test_mlflow_has_a_parent_run_and_a_child_for_each_evaluation(finished):

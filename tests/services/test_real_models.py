@@ -92,7 +92,7 @@ def test_the_batch_size_is_recorded_with_the_run(searched):
 
     assert record["batch_size"] >= 1
     again = load_plan(run_folder(name, output))
-    assert again.search.batching.size(again.config.prompts.search) == record["batch_size"]
+    assert again.search.batch_size == record["batch_size"]
 
 
 def test_a_gpu_that_is_not_up_yet_is_said_before_a_cpu_is_kept_busy_for_days(
