@@ -126,7 +126,7 @@ class Replica:
             size = (size_conditioning.height, size_conditioning.width)
             self._sizes = {"original_size": size, "target_size": size}
         self.num_shortages = 0
-        """How often pictures had to be decoded or scored in smaller portions for want of memory."""
+        """How often fewer pictures had to be decoded or scored at once for want of memory."""
         self._embedding = lru_cache(_NUM_CACHED)(self._embed)
         self._noise = lru_cache(_NUM_CACHED)(self._draw_noise)
         if compile != "none":
