@@ -100,16 +100,18 @@ def ray_tmpdir():
 def ray_cluster(folder):
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        _temp_dir=folder,
-    )
-    yield
-    ray.shutdown()
+    # Ray would write a token into the user's home, and ask for it in every later test.
+    with mock.patch.dict(os.environ, RAY_AUTH_MODE="disabled"):
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            _temp_dir=folder,
+        )
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture
