@@ -154,8 +154,9 @@ def _found(file: RatiosFile) -> dict[str, str]:
                 ("guidance_scale", "guidance"),
                 ("scheduler", "scheduler"),
                 ("dtype", "dtype"),
+                ("negative_prompt", "negative prompt"),
             )
-            if key in recipe
+            if recipe.get(key) is not None
         ),
     }
     return {

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from crdiff_core.errors import RenderError, RewardError
+from crdiff_core.errors import RenderError, RewardError, TooLittleMemoryError
 from crdiff_core.prompts import Prompt
 from crdiff_core.ratios import BlockRatios, Group, Resolution
 from crdiff_core.replica import Replica
@@ -106,11 +106,7 @@ def _measure(work: _Work, began: float, wasted_s: float = 0.0) -> Measurement:
         with replica.at(work.drawn_at):
             images = resized(replica.render(prompts), replica.own_resolution)
     marks.append(_now(replica.device))
-    texts = [prompt.text for prompt in prompts]
-    portions = replica.in_portions(
-        lambda places: reward(images[places], texts[places]), len(images), at_once=len(images)
-    )
-    rewards = tuple(chain.from_iterable(portions))
+    rewards = score(replica, reward, images, [prompt.text for prompt in prompts])
     marks.append(_now(replica.device))
     for prompt, value in zip(prompts, rewards, strict=True):
         if not math.isfinite(value):
@@ -128,6 +124,26 @@ def _measure(work: _Work, began: float, wasted_s: float = 0.0) -> Measurement:
         pictures=_kept(images, work.keep),
         redrawn=replica.num_shortages > num_shortages,
     )
+
+
+def score(
+    replica: Replica, reward: Reward, images: Tensor, texts: Sequence[str]
+) -> tuple[float, ...]:
+    """Score pictures against their prompts, fewer at once where the memory does not suffice.
+
+    images: (N, 3, H, W), float32 in [0, 1].
+    Raises RewardError if the memory does not suffice for one picture.
+    """
+    try:
+        portions = replica.in_portions(
+            lambda places: reward(images[places], texts[places]), len(images), at_once=len(images)
+        )
+    except TooLittleMemoryError:
+        raise RewardError(
+            f"reward {reward.name} cannot score even one picture in the memory that the model "
+            f"leaves on {replica.device}: use a larger GPU or a half-precision model.dtype"
+        ) from None
+    return tuple(chain.from_iterable(portions))
 
 
 def _kept(images: Tensor, places: Collection[int]) -> dict[int, bytes]:

@@ -164,7 +164,9 @@ def _run(plan: Plan, command: str, progress: Progress, cluster: ClusterSettings)
 def _report(plan: Plan) -> Storage | None:
     """Write the report; whatever comes of it, the search has its result."""
     written = plan.folder.files()
-    if written.get(REPORT_FILE, 0.0) >= written.get(RATIOS_FILE, math.inf):  # It is of these.
+    if written.get(REPORT_FILE, 0.0) >= written.get(
+        RATIOS_FILE, math.inf
+    ):  # The report was written from these ratios.
         return plan.folder / REPORT_FILE
     try:
         # It takes seconds to import what draws charts.
@@ -201,7 +203,9 @@ def _record(plan: Plan, command: str) -> None:
     raw = {
         "key": plan.key,
         "command": command,
-        "batch_size": search.smaller_batch or search.settled_batch_size,
+        "batch_size": search.smaller_batch or search.batch_size,
+        # Whether a worker has drawn as many at once; until then auto may come to fewer.
+        "is_batch_settled": not search.smaller_batch and search.settled_batch_size is not None,
         "wall_s": plan.search.wall_s,
         "ahead": plan.search.ahead,
         "warm_start": [

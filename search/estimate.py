@@ -85,7 +85,7 @@ class Estimate:
         return self.hours * self.plan.config.cluster.gpus_per_trial
 
     def lines(self) -> list[str]:
-        """Say it to a person."""
+        """Format for the console."""
         plan, config, timing = self.plan, self.plan.config, self.timing
         source = plan.model.path or plan.model.hub_id or "embedded"
         price = config.cluster.gpu_hour_price

@@ -71,7 +71,8 @@ class EvaluationSearch(Searcher):  # type: ignore[misc]
     num_fit:         so many at once are known to fit into a worker's memory.
     shrinks:         whether the first worker that a batch does not fit lowers the batch size: it
                      ends the search, with what fits in `smaller_batch`. Else that is a failure.
-                     Once a batch has fitted one worker, those that it does not fit are not used.
+                     After a batch has fitted one worker, workers that it does not fit are left
+                     idle.
     rerank_top:      how many of the best are compared again on fresh prompts.
     rerank_off_path: whether evaluations that annealing passed by are among them. Which there are
                      depends on the number of workers, and so would the winner.

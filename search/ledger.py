@@ -45,9 +45,9 @@ class Recipe:
 
     Two equal recipes give equal rewards, so a reward measured once is never measured again.
 
-    A field that came later has a default, which stands for what all did before it. Where it has
-    its default it is no part of keys, so those of earlier ledgers stay as they are. A column of
-    its name in SCHEMA keeps it; null is the default.
+    A later field has a default: the behaviour before the field existed. Keys leave defaults out,
+    so keys of earlier ledgers stay as they are. A column of the field's name in SCHEMA keeps it;
+    null is the default.
 
     size_conditioning: the HEIGHTxWIDTH that SDXL is told; requested: that of the picture.
     drawn_at:          the HEIGHTxWIDTH that pictures are drawn at, before they are resized to
@@ -144,9 +144,9 @@ SCHEMA = pa.schema(
         ("negative_prompt", pa.string()),
         # The search that paid for it.
         ("run", pa.string()),
-        # Pictures drawn in one forward pass; before it was part of the key, of any batch.
+        # Pictures drawn in one forward pass.
         ("batch_size", pa.int32()),
-        # True: a first try failed, and it was drawn again in parts, so that its digits differ.
+        # True: drawn, decoded or scored in smaller parts than usual, so its digits may differ.
         ("redrawn", pa.bool_()),
         *((name, pa.string()) for name in DRAWN_BY),
         # Of the whole batch, divided evenly among its rows.
@@ -232,12 +232,17 @@ class Ledger:
         # Today's keys, by the key and the batch size that a row was written with.
         self._keys: dict[tuple[str, int | None], str] = {}
         self.storage.make()
-        for row in self.table().to_pylist():
+        for row in self._written().to_pylist():
             sparsity = {group: row[f"sparsity_{group}"] for group in GROUPS}
             self._add(row, sparsity)
 
     def table(self) -> pa.Table:
-        """Return every row, oldest file first, for reading in pandas or DuckDB."""
+        """Return every row, oldest file first, under the keys of today."""
+        table = self._written()
+        keys = pa.array(map(self._key, table.to_pylist()), pa.string())
+        return table.set_column(table.schema.get_field_index("key"), "key", keys)
+
+    def _written(self) -> pa.Table:
         self._names = self._files()
         with ThreadPoolExecutor(_NUM_READERS) as readers:
             tables = [each for each in readers.map(self._read, self._names) if each is not None]

@@ -77,7 +77,8 @@ class Plan:
         record = read_record(folder)
         if record.get("key") != key:
             record = {}
-        # All searches of a cell share its ledger: a triple is drawn once for all of them.
+        # All searches of a cell share its ledger. Those with batches of one length draw a triple
+        # once for all of them.
         ledger = Ledger(
             cell / "ledger",
             run=key,
@@ -98,7 +99,7 @@ class Plan:
             ledger=ledger,
             budget=Budget(**config.budget.model_dump()),
             batch_size=batch_size,
-            num_fit=recorded or 0,
+            num_fit=recorded or 0 if record.get("is_batch_settled") else 0,
             shrinks=config.render.batch_size == "auto",
             race=race,
             rerank_top=config.rerank.top,
@@ -235,8 +236,7 @@ def _key(config: Config, recipe: Recipe, prompt_sets: dict[str, PromptSet]) -> s
         "rerank": config.rerank.model_dump(mode="json"),
     }
     # What auto comes to for want of memory makes no other search of it.
-    if config.render.batch_size not in ("auto", _auto_batch_size(config)):
-        parts["batch_size"] = config.render.batch_size
+    parts["batch_size"] = [config.render.batch_size, _auto_batch_size(config)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

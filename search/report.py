@@ -362,7 +362,7 @@ def _failures(plan: Plan) -> list[tuple[str, int]]:
 
 def _made_with(plan: Plan) -> list[tuple[str, str]]:
     """Return all that one needs to get the same again."""
-    winner, recipe = plan.search.winner, plan.recipe
+    winner, recipe, negative = plan.search.winner, plan.recipe, plan.recipe.negative_prompt
     source = [f"{name} {value}" for name, value in source_of(plan.model).items() if value]
     source = source or ["embedded in crdiff_core"]
     rows = [
@@ -370,7 +370,8 @@ def _made_with(plan: Plan) -> list[tuple[str, str]]:
         (
             "Drawn with",
             f"{recipe.scheduler}, {recipe.num_steps} steps, guidance {recipe.guidance_scale:g}, "
-            f"{recipe.dtype}",
+            f"{recipe.dtype}, {plan.search.batch_size} at once at most"
+            + (f", negative prompt {negative!r}" if negative is not None else ""),
         ),
         ("Reward", f"{recipe.reward} {recipe.reward_version}"),
         ("Seeds", f"{plan.config.seed} of the search, {plan.config.prompts.seed} of the prompts"),

@@ -74,7 +74,7 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
         self._is_loaded = False
         self._is_unfit = False
         self._broken: str | None = None
-        # Pictures that were drawn at once here, at most.
+        # Largest batch drawn here so far.
         self._num_drawn = 0
 
     def _load(self) -> None:
@@ -125,11 +125,21 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
         }
 
     def _warm_up(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """Draw a batch of one step: it compiles, and shows what fits and what a picture takes."""
+        """Score and draw a batch of one step: it loads the reward, and compiles.
+
+        So it shows what fits, and what a picture takes.
+        """
+        import torch
+
         from crdiff_core.errors import RenderError, TooLittleMemoryError
+        from crdiff_core.evaluation import score
         from crdiff_core.ratios import GROUPS, BlockRatios
 
         replica = self._replica
+        size = replica.resolution
+        pictures = torch.rand(len(prompts), 3, size.height, size.width, device=replica.device)
+        score(replica, self._reward, pictures, [prompt.text for prompt in prompts])
+        del pictures
         replica.set_ratios(BlockRatios(**dict.fromkeys(GROUPS, 0.3)))
         num_steps, replica.num_steps = replica.num_steps, 1
         began_s = 0.0
@@ -184,6 +194,7 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
             if is_first:
                 return self._warm_up(prompts)
             self._replica.poa_weight = self.config["poa_weight"]
+            self._take_limit()  # A batch that failed may have left one.
             measured = evaluate(
                 self._replica,
                 ratios,

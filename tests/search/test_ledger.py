@@ -210,6 +210,7 @@ def test_rows_from_before_it_was_part_of_the_key_are_known_by_their_batch_size(t
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
     ledger = Ledger(tmp_path, own_batch_size=16)
 
+    assert set(ledger.table()["key"].to_pylist()) == set(ledger.candidates)
     # Those of the model's own number are still called as they were.
     assert ledger.get(RECIPE.key(RATIOS), PROMPTS[0]).reward == 0.25
     assert ledger.get(RECIPE.key(eight), PROMPTS[0]) is None

@@ -104,6 +104,43 @@ def test_a_worker_with_too_little_memory_says_what_fits_and_idles(monkeypatch):
     assert worker.step() == {"is_idle": True}
 
 
+class WithALargeReward(Worker):
+    """A worker whose reward, once it is loaded, leaves room for one picture at a time."""
+
+    def _load(self):
+        super()._load()
+        score = self._reward
+
+        def load_and_score(images, texts):
+            self.room = 1
+            return score(images, texts)
+
+        load_and_score.name = score.name
+        self._reward = load_and_score
+
+
+def test_what_fits_is_what_fits_beside_the_reward():
+    assert WithALargeReward(CONFIG).step()["num_fit"] == 1
+
+
+def test_a_reward_that_never_fits_is_named(monkeypatch):
+    worker = Worker(CONFIG)
+    worker._load()
+
+    def fail(images, texts):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    fail.name = "shapes"
+    worker._reward = fail
+    worker.step()
+    failure = worker.step()
+
+    assert failure["failure"].startswith(
+        "reward shapes cannot score even one picture in the memory"
+    )
+    assert not failure["transient"]
+
+
 def test_a_worker_without_room_for_a_single_picture_says_so():
     assert Worker(CONFIG, room=0).step()["num_fit"] == 0
 
