@@ -116,7 +116,7 @@ class POADenoiser(nn.Module):
             return
         if changed := self.replica.change():
             raise PruningError(
-                f"the UNet's {changed} was changed after CR-Diff was applied, and its pruned copy "
+                f"the UNet changed after CR-Diff was applied ({changed}), and its pruned copy "
                 "knows nothing of that: call crdiff_core.remove(pipe), make the change, and apply "
                 "CR-Diff again"
             )

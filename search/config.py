@@ -274,6 +274,15 @@ class ClusterSettings(Settings):
     cells: Count | None = None
     gpu_hour_price: Annotated[float, Field(ge=0)] | None
 
+    @check(mode="after")
+    def _whole_gpus(self) -> ClusterSettings:
+        if self.gpus_per_trial > 1 and self.gpus_per_trial % 1:
+            raise ValueError(
+                f"gpus_per_trial={self.gpus_per_trial:g}: Ray shares out one GPU, or whole ones: "
+                "give at most 1, or a whole number"
+            )
+        return self
+
 
 def _without_password(uri: str) -> str:
     if re.search(r"://[^/]*:[^@]*@|[?&]\w*(password|secret|token)\w*=", uri):

@@ -235,7 +235,7 @@ class Evaluations:
                 evaluation,
                 batch,
                 measured,
-                drawn_by=result.get("drawn_by"),
+                drawn_by=dict(result.get("drawn_by", ())),
                 redrawn=result.get("redrawn", False),
             )
             self._keep(evaluation, batch, measured.pictures)

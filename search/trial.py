@@ -222,7 +222,8 @@ class RatioTrial(tune.Trainable):  # type: ignore[misc]
         self._num_drawn = max(self._num_drawn, len(prompts))
         return {
             "measured": measured,
-            "drawn_by": self._drawn_by,
+            # As pairs: Ray Tune flattens a dictionary into other names.
+            "drawn_by": tuple(self._drawn_by.items()),
             "redrawn": measured.redrawn or num_fit < len(prompts),
             "done": True,
         }

@@ -180,6 +180,7 @@ def test_a_batch_size_of_earlier_versions_is_auto():
         ("render.batch_size=0", "render.batch_size: got 0: give auto or a count from 1 up"),
         ("render.batch_size=true", "render.batch_size: got True: give auto or a count from 1 up"),
         ("render.size_conditioning=big", "render.size_conditioning: input should be 'requested'"),
+        ("cluster.gpus_per_trial=1.5", "cluster: gpus_per_trial=1.5: Ray shares out one GPU, or"),
         ("cluster.gpu_hour_price=-1", "cluster.gpu_hour_price: input should be greater than"),
         ("reward=image_reward reward.resize=224", "reward.resize: input should be 256 or 'none'"),
         ("reward=image_reward_package reward.resize=null", "reward.resize: input should be 256"),

@@ -116,6 +116,15 @@ def test_the_ledger_has_every_reward_once(finished):
     assert all(0 <= row["reward"] <= 1 for row in rows)
 
 
+def test_every_row_says_what_else_moves_its_digits(finished):
+    rows = pq.read_table(finished.folder.parent / "ledger").to_pylist()
+
+    assert {row["torch"] for row in rows} == {torch.__version__}
+    assert {row["compile"] for row in rows} == {"none"}
+    (device,) = {row["device"] for row in rows}
+    assert device.startswith("cpu ")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("racing", ["off", "on"])
 def test_one_and_two_workers_find_the_same(tmp_path, environment, racing):

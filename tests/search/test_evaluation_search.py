@@ -303,7 +303,7 @@ def test_workers_that_differ_in_what_moves_digits_are_said_to(tmp_path):
     devices = iter(["A100", "A100", "H100"])
 
     def outcome(ratios, prompts):
-        drawn_by = {"device": next(devices, "A100"), "torch": "2.9"}
+        drawn_by = (("device", next(devices, "A100")), ("torch", "2.9"))
         return {"measured": measure(ratios, prompts), "drawn_by": drawn_by}
 
     search = make_search(tmp_path)
