@@ -69,6 +69,16 @@ def finished(shared_folder):
         return searches.Finished.once(folder)
 
 
+@pytest.fixture(autouse=True)
+def log_levels():
+    """Give the next test the log levels of this one: a command sets them for its process."""
+    loggers = [logging.getLogger(name) for name in ("", "search", "crdiff_core")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Run a command of ours in this process: its exit code, and what it printed."""

@@ -120,7 +120,8 @@ def test_a_batch_size_that_fits_no_worker_begins_the_search_anew_with_a_smaller_
     assert json.loads((folder / RUN_FILE).read_text())["batch_size"] == 2
     best = json.loads((folder / RATIOS_FILE).read_text())
     assert best["provenance"]["recipe"]["batch_size"] == 2
-    assert caplog.messages == [
+    warnings = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert warnings == [
         f"render.batch_size is {num_fit} from now on: {num_fit + 1} pictures at once do not fit "
         f"into the memory of a small GPU, {num_fit} do"
         for num_fit in (3, 2)
