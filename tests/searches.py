@@ -55,6 +55,21 @@ def search(
     )
 
 
+def start(
+    output: Path | str, environment: dict[str, str], prints_to: int
+) -> subprocess.Popen[str]:
+    """Start such a search in a session of its own, for tests that end it early."""
+    return subprocess.Popen(
+        command(output),
+        cwd="/",
+        env=environment,
+        stdout=prints_to,
+        stderr=prints_to,
+        text=True,
+        start_new_session=True,
+    )
+
+
 def num_drawn(printed: str) -> int:
     """Return how many pictures a run says it drew."""
     line = next(line for line in printed.splitlines() if line.startswith("pictures"))

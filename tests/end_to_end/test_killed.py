@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from search.runs import RATIOS_FILE
 from tests.processes import stop
-from tests.searches import command, num_drawn, search
+from tests.searches import num_drawn, search, start
 
 
 def rows(ledger):
@@ -32,14 +32,7 @@ def test_a_killed_search_goes_on_and_finds_what_one_left_alone_finds(
     tmp_path, environment, finished
 ):
     cell = tmp_path / "shapes_24x40"
-    killed = subprocess.Popen(
-        command(tmp_path),
-        cwd="/",
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    killed = start(tmp_path, environment, subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 200
         while len(list((cell / "ledger").glob("*.parquet"))) < 3:

@@ -8,19 +8,11 @@ import time
 import pyarrow.parquet as pq
 
 from search.export import load_plan
-from tests.searches import command
+from tests.searches import start
 
 
 def test_ctrl_c_keeps_everything_and_says_how_to_go_on(tmp_path, environment):
-    process = subprocess.Popen(
-        command(tmp_path),
-        cwd="/",
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start(tmp_path, environment, subprocess.PIPE)
     ledger = tmp_path / "shapes_24x40" / "ledger"
     deadline = time.monotonic() + 120
     while len(list(ledger.glob("*.parquet"))) < 3:
