@@ -30,4 +30,5 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(tmp_path, environment):
     # tests/end_to_end/test_killed.py goes on to the end after a harder stop.
     plan = load_plan(tmp_path / "shapes_24x40" / "annealing-seed0")
     assert not plan.search.replay()
-    assert plan.search.num_known == known > 0
+    # The other worker may have evaluated ahead of where the search is.
+    assert 0 < plan.search.num_known <= known == plan.ledger.table().num_rows
